@@ -1,0 +1,217 @@
+"""The data end: what is normalised once, before the first layer (PAPER.md 1.2; paper sec. 4.1 and 4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def first_tensor(batch: Any) -> Tensor:
+    """The batch's data: itself if it is a tensor, else the first tensor in a tuple, list or dict.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    parts: Iterable[Any] = ()
+    if isinstance(batch, Mapping):
+        parts = batch.values()
+    elif isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        parts = batch
+    for part in parts:
+        if isinstance(part, Tensor):
+            return part
+    raise TypeError(f"a batch must be a tensor, or a tuple or dict with one, got {type(batch).__name__}")
+
+
+class GlobalDataNorm(nn.Module):
+    """Normalises data by the mean and standard deviation of the training set, per element or channel.
+
+    Built by :meth:`fit`. Features that never change are passed on as 0. The statistics stay in
+    float64, whatever the module is cast to, so that a mean of 1e4 with a standard deviation of 1e-2
+    loses nothing.
+
+    Args:
+        shape: Shape of the statistics, such as ``(3, 32, 32)`` or, per channel, ``(3, 1, 1)``.
+
+    Attributes:
+        mean: Shape ``shape``, float64.
+        std: Shape ``shape``, float64, of the population (divided by n).
+        count: How many values each statistic was made from.
+
+    Shape:
+        ``(N, *)`` to the same; integers become the default floating type.
+
+    Example:
+        >>> norm = GlobalDataNorm.fit(torch.tensor([[1.0], [3.0]]))
+        >>> norm(torch.tensor([[3.0]]))
+        tensor([[1.]])
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
+        self.register_buffer("std", torch.ones(tuple(shape), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def fit(cls, data: Any, per: str = "element") -> GlobalDataNorm:
+        """One streamed pass over the data (Chan, Golub, LeVeque 1983: pairwise update of mean and M2).
+
+        Args:
+            data: A tensor ``(N, *)``, a DataLoader, or any iterable of batches ``(n, *)``; of a
+                batch that is a tuple or dict the first tensor counts.
+            per: ``"element"``: one statistic a feature (pixel and channel), as in the paper;
+                ``"channel"``: one a channel, dim 1.
+
+        Returns:
+            The fitted module.
+
+        Raises:
+            ValueError: If there is no data, or it is not finite, or batches differ in shape.
+            TypeError: If a batch holds no tensor.
+        """
+        if per not in ("element", "channel"):
+            raise ValueError(f"per must be 'element' or 'channel', got {per!r}")
+        total: GlobalDataNorm | None = None
+        for index, batch in enumerate([data] if isinstance(data, Tensor) else data):
+            x = first_tensor(batch)
+            if x.ndim < 2:
+                raise ValueError(
+                    f"batch {index} has shape {tuple(x.shape)}, expected (batch, features, ...)"
+                )
+            if x.shape[0] == 0:
+                continue
+            part = cls._of_batch(x, per)
+            if not torch.isfinite(part.mean).all():
+                raise ValueError(f"batch {index} holds NaN or infinite values")
+            total = part if total is None else total.merge(part)
+        if total is None:
+            raise ValueError("no data: expected at least one batch with at least one sample")
+        return total
+
+    @classmethod
+    def _of_batch(cls, x: Tensor, per: str) -> GlobalDataNorm:
+        x = x.detach().to(torch.float64)
+        dims = (0,) if per == "element" else (0, *range(2, x.ndim))
+        shape = x.shape[1:] if per == "element" else (x.shape[1], *[1] * (x.ndim - 2))
+        part = cls(shape).to(x.device)
+        var, mean = torch.var_mean(x, dims, correction=0)
+        part.mean.copy_(mean.view(shape))
+        part.std.copy_(part._clean(var.sqrt().view(shape), part.mean))
+        part.count.fill_(x.numel() // part.mean.numel())
+        return part
+
+    @staticmethod
+    def _clean(std: Tensor, mean: Tensor) -> Tensor:
+        """0 for features whose spread is float64 rounding."""
+        return torch.where(std > 1e-12 * mean.abs(), std, 0.0)
+
+    def merge(self, other: GlobalDataNorm) -> GlobalDataNorm:
+        """The statistics of both data sets together, as a new module; neither is changed.
+
+        Federated clients or workers fit their own part and merge.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(
+                f"cannot merge statistics of shape {tuple(other.mean.shape)} into "
+                f"{tuple(self.mean.shape)}; for images of different sizes use per='channel'"
+            )
+        count = self.count + other.count
+        result = type(self)(self.mean.shape).to(self.mean.device)
+        share = other.count / count.clamp_min(1).double()
+        delta = other.mean.to(self.mean) - self.mean
+        var = (1 - share) * self.std**2 + share * other.std.to(self.std) ** 2
+        var = var + share * (1 - share) * delta**2
+        result.mean.copy_(self.mean + share * delta)
+        result.std.copy_(self._clean(var.sqrt(), result.mean))
+        result.count.copy_(count)
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GlobalDataNorm:
+        """Follow ``.to(device)``, but keep float64 through ``.half()``, ``.to(dtype)``."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(moved.device)
+        return self
+
+    def forward(self, input: Tensor) -> Tensor:
+        dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
+        std = torch.where(self.std > 0, self.std, 1.0)
+        return ((input - self.mean) / std).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.mean.shape)}, count={self.count.item()}"
+
+
+class BatchDataNorm(nn.Module):
+    """Normalises the INPUT batch per element; a running estimate serves for eval (the paper's second choice).
+
+    The only layer of this library that looks across the batch: it acts as a regulariser. Hidden
+    layers never do.
+
+    Args:
+        shape: Shape of one sample, such as ``(3, 32, 32)``.
+        momentum: Share of the newest batch in the running estimate.
+
+    Shape:
+        ``(N, *shape)`` to the same.
+
+    Raises:
+        ValueError: In training with a batch of 1; :class:`GlobalDataNorm` has no such limit.
+
+    Example:
+        >>> BatchDataNorm((1,))(torch.tensor([[1.0], [3.0]]))
+        tensor([[-1.],
+                [ 1.]])
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, shape: Sequence[int], momentum: float = 0.1) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.momentum = momentum
+        features = torch.Size(self.shape).numel()
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[1:] != self.shape:
+            raise ValueError(
+                f"expected shape (N, {', '.join(map(str, self.shape))}), got {tuple(input.shape)}"
+            )
+        if self.training and input.shape[0] == 1:
+            raise ValueError(
+                "BatchDataNorm cannot train on a batch of 1: one sample has no spread; "
+                "use normprop.GlobalDataNorm.fit(data)"
+            )
+        x = input if input.is_floating_point() else input.to(self.running_mean.dtype)
+        y = F.batch_norm(
+            x.flatten(1),
+            self.running_mean,
+            self.running_var,
+            training=self.training,
+            momentum=self.momentum,
+            eps=1e-8,
+        )
+        return y.view_as(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.shape}, momentum={self.momentum}"

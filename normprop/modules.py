@@ -1,0 +1,506 @@
+"""The layers: torch's own, with ``activation=`` and ``rule=``. They hold tensors; the maths is in functional."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from normprop import activations, functional
+from normprop.functional import PAPER, NormRule
+
+
+class _NormProp(nn.Module):
+    """What all weight layers share. Mixed in before the torch parent, which stores the weight."""
+
+    weight: Tensor
+    bias: Tensor | None
+    groups: int = 1
+    transposed: bool = False
+    _channel_dim: int
+    _parent: type[nn.Module]
+
+    def _finish(self, activation: Any, rule: NormRule, out_features: int) -> None:
+        """The rest of the constructor, after the torch parent's."""
+        if not isinstance(rule, NormRule):
+            raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
+        self.rule = rule
+        self.activation = None if activation is None else activations.as_module(activation)
+        self.initial_gain = initial_gain(rule, self.activation)
+        if self.activation is not None:
+            self.activation.to(self.weight.device, self.weight.dtype)
+        self.standard = functional.standard_constants(self.activation)
+        if rule.centered and self.fan_in == 1:
+            raise ValueError(
+                "rule.centered needs at least 2 inputs to each output unit, got 1 "
+                f"(weight {tuple(self.weight.shape)}, groups {self.groups}); pass "
+                "rule=dataclasses.replace(rule, centered=False)"
+            )
+        factory = {"device": self.weight.device, "dtype": self.weight.dtype}
+        self.gain = nn.Parameter(torch.empty(out_features, **factory))
+        self.reset_parameters()
+
+    @property
+    def fan_in(self) -> int:
+        """Number of weights that feed one output unit."""
+        view = functional.row_view(self.weight, self.transposed, self.groups)
+        units = view.shape[0] * (view.shape[2] if self.transposed else 1)
+        return self.weight.numel() // units if units else 0
+
+    @property
+    def stretch(self) -> float:
+        """Factor on ``W x``: a transposed convolution spreads its taps over the stride's phases."""
+        return math.sqrt(math.prod(self.stride)) if self.transposed else 1.0
+
+    def reset_parameters(self) -> None:
+        """Glorot weights with rows scaled to 1, the rule's gain, bias 0 (PAPER 1.1)."""
+        if not hasattr(self, "gain"):  # the torch parent's constructor calls this first
+            return
+        with torch.no_grad():
+            nn.init.xavier_uniform_(self.weight)
+            self.project_()
+            nn.init.constant_(self.gain, self.initial_gain)
+            if self.bias is not None:
+                nn.init.zeros_(self.bias)
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Put the weight rows back on the unit sphere, in place; the layer's function stays."""
+        ones = torch.ones_like(self.gain)
+        self.weight.copy_(self._scaled(ones))
+
+    def _scaled(self, length: Tensor) -> Tensor:
+        return functional.scaled_weight(
+            self.weight, length, self.rule.centered, self.transposed, self.groups
+        )
+
+    def _propagate(self, linear: Any) -> Tensor:
+        return functional.propagate(
+            linear,
+            self.weight,
+            self.gain,
+            self.bias,
+            self.activation,
+            self.rule,
+            self.standard,
+            self._channel_dim,
+            self.transposed,
+            self.groups,
+            self.stretch,
+        )
+
+    def _parent_arguments(self) -> dict[str, Any]:
+        keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        keys += ("groups", "padding_mode") + (("output_padding",) if self.transposed else ())
+        return {key: getattr(self, key) for key in keys}
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The same function in torch's own modules, weights copied (timm's re-parameterisation calls it).
+
+        Returns:
+            The torch parent for ``activation=None``; for ReLU a ``Sequential`` of it and
+            ``nn.Threshold``; else of it, the activation and, unless the constants are "none", one
+            affine map (an ``fx.GraphModule`` of a subtraction and a division).
+        """
+        mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
+        relu = type(self.activation) is nn.ReLU and not isinstance(mean, Tensor)
+        scale = std if relu else 1.0
+        shift = (mean / std) if relu else 0.0
+        arguments = self._parent_arguments()
+        has_bias = self.bias is not None or shift != 0.0
+        layer = self._parent(**arguments, bias=has_bias, device=self.weight.device, dtype=self.weight.dtype)
+        layer.weight.copy_(self._scaled(self.gain * (self.stretch / scale)))
+        if has_bias:
+            bias = torch.zeros_like(self.gain) if self.bias is None else self.bias
+            layer.bias.copy_(bias / scale - shift)
+            layer.bias.requires_grad_(self.weight.requires_grad)
+        layer.weight.requires_grad_(self.weight.requires_grad)
+        layer.train(self.training)
+        if self.activation is None:
+            return layer
+        if relu:
+            return nn.Sequential(layer, nn.Threshold(-shift, -shift)).train(self.training)
+        parts = _fuse_activation(self.activation, mean, std, self._channel_dim, self.weight)
+        return nn.Sequential(layer, *parts).train(self.training)
+
+    def extra_repr(self) -> str:
+        name = None if self.activation is None else activations.name_of(self.activation)
+        return f"{super().extra_repr()}, activation={name}, rule={rule_name(self.rule)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def rule_name(rule: NormRule) -> str:
+    """``PAPER`` for the paper's rule, else the rule in full."""
+    return "PAPER" if rule == PAPER else repr(rule)
+
+
+def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
+    """The rule's gain as a number; 1 for ``"jacobian"`` without an activation."""
+    if rule.gain != "jacobian":
+        return float(rule.gain)
+    if activation is None:
+        return 1.0
+    with torch.no_grad():
+        return 1.0 / float(torch.as_tensor(activations.moments(activation).jacobian).mean())
+
+
+def _affine(
+    first: Callable[..., Tensor], a: Any, second: Callable[..., Tensor], b: Any, dim: int
+) -> fx.GraphModule:
+    """``second(first(x, a), b)`` as torch's own module; vectors a, b lie along dim ``dim`` of x."""
+    root = nn.Module()
+    graph = fx.Graph()
+    y = graph.placeholder("x")
+    per_channel = any(isinstance(v, Tensor) and v.numel() > 1 for v in (a, b))
+    if per_channel:
+        y = graph.call_function(torch.movedim, (y, dim, -1))
+    for name, function, value in (("a", first, a), ("b", second, b)):
+        if isinstance(value, Tensor):
+            root.register_buffer(name, value.detach().clone())
+            value = graph.get_attr(name)
+        y = graph.call_function(function, (y, value))
+    if per_channel:
+        y = graph.call_function(torch.movedim, (y, -1, dim))
+    graph.output(y)
+    return fx.GraphModule(root, graph, "Affine")
+
+
+def _fuse_activation(
+    activation: nn.Module, mean: functional.Number, std: functional.Number, dim: int, like: Tensor
+) -> list[nn.Module]:
+    """The activation and, unless the constants are 0 and 1, its affine map."""
+    parts = [activations.plain_module(activation)]
+    if isinstance(mean, Tensor) or isinstance(std, Tensor) or (mean, std) != (0.0, 1.0):
+        mean, std = (c.to(like.dtype) if isinstance(c, Tensor) else c for c in (mean, std))
+        parts.append(_affine(torch.sub, mean, torch.div, std, dim))
+    return parts
+
+
+class NormPropLinear(_NormProp, nn.Linear):
+    r"""``nn.Linear`` whose output has mean 0 and variance 1 (PAPER eq. 9; eq. 12 for any activation).
+
+    .. math:: o = (\varphi(g\,(W x)/\lVert W_i\rVert_2 + b) - \text{mean})/\text{std}
+
+    Args:
+        in_features: Size of the input's last dimension.
+        out_features: Size of the output's last dimension.
+        bias: Whether to learn an additive bias.
+        device: As in torch.
+        dtype: As in torch.
+        activation: A name (``normprop.activations.names()``), a module, a torch function, any
+            element-wise callable, or None for a linear output (the last layer).
+        rule: Which variant, default the paper's.
+
+    Shape:
+        ``(*, in_features)`` to ``(*, out_features)``. Parameters: ``weight`` (out, in), ``gain``
+        (out,), ``bias`` (out,).
+
+    Raises:
+        ValueError: For an unknown activation, or centred rows with one input.
+        TypeError: If activation or rule is not what it should be.
+
+    Example:
+        >>> layer = NormPropLinear(64, 10, activation="gelu")
+        >>> layer(torch.randn(1, 64)).shape
+        torch.Size([1, 10])
+    """
+
+    _channel_dim = -1
+    _parent = nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: Any = "relu",
+        rule: NormRule = PAPER,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._finish(activation, rule, out_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._propagate(lambda weight, bias: F.linear(input, weight, bias))
+
+    def _parent_arguments(self) -> dict[str, Any]:
+        return {"in_features": self.in_features, "out_features": self.out_features}
+
+
+class _NormPropConv(_NormProp):
+    """Convolutions: the torch parent's constructor plus ``activation=`` and ``rule=``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: Any = "relu",
+        rule: NormRule = PAPER,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._finish(activation, rule, out_channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._propagate(lambda weight, bias: self._conv_forward(input, weight, bias))
+
+
+class NormPropConv1d(_NormPropConv, nn.Conv1d):
+    """``nn.Conv1d`` with normalised output, see :class:`NormPropConv2d`; (N, C, L) or (C, L)."""
+
+    _channel_dim = -2
+    _parent = nn.Conv1d
+
+
+class NormPropConv2d(_NormPropConv, nn.Conv2d):
+    r"""``nn.Conv2d`` whose output has mean 0 and variance 1 (PAPER eq. 11; eq. 12 for any activation).
+
+    .. math:: o = (\varphi(g\,(W * x)/\lVert W_i\rVert_F + b) - \text{mean})/\text{std}
+
+    The norm of filter i runs over its input channels (of its group) and the kernel; gain and bias
+    are one a channel. Zero padding pads a normalised map with its mean.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device, dtype: As in ``nn.Conv2d``.
+        activation: See :class:`NormPropLinear`.
+        rule: See :class:`NormPropLinear`.
+
+    Shape:
+        ``(N, C_in, H, W)`` or ``(C_in, H, W)``, as ``nn.Conv2d``. Parameters: ``weight``, ``gain``
+        (C_out,), ``bias`` (C_out,).
+
+    Raises:
+        ValueError: For an unknown activation, or centred rows with fan-in 1.
+        TypeError: If activation or rule is not what it should be.
+
+    Example:
+        >>> layer = NormPropConv2d(3, 8, 3, padding=1)
+        >>> layer
+        NormPropConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), activation=relu, rule=PAPER)
+    """
+
+    _channel_dim = -3
+    _parent = nn.Conv2d
+
+
+class NormPropConv3d(_NormPropConv, nn.Conv3d):
+    """``nn.Conv3d`` with normalised output, see :class:`NormPropConv2d`; (N, C, D, H, W) or (C, D, H, W)."""
+
+    _channel_dim = -4
+    _parent = nn.Conv3d
+
+
+class _NormPropConvTranspose(_NormProp):
+    """Transposed convolutions: the torch parent's constructor plus ``activation=`` and ``rule=``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        bias: bool = True,
+        dilation: Any = 1,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: Any = "relu",
+        rule: NormRule = PAPER,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            output_padding,
+            groups,
+            bias,
+            dilation,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._finish(activation, rule, out_channels)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        spatial = len(self.kernel_size)
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            spatial,
+            self.dilation,
+        )
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        return self._propagate(
+            lambda weight, bias: convolve(
+                input,
+                weight,
+                bias,
+                self.stride,
+                self.padding,
+                output_padding,
+                self.groups,
+                self.dilation,
+            )
+        )
+
+
+class NormPropConvTranspose1d(_NormPropConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with normalised output, see :class:`NormPropConvTranspose2d`."""
+
+    _channel_dim = -2
+    _parent = nn.ConvTranspose1d
+
+
+class NormPropConvTranspose2d(_NormPropConvTranspose, nn.ConvTranspose2d):
+    r"""``nn.ConvTranspose2d`` whose output has mean 0 and variance 1 on average over the stride's phases.
+
+    Its weight is stored (in, out/groups, kernel); the norm of an output channel runs over the inputs
+    of its group and the kernel. About kernel/stride taps an axis reach each output position, so
+    ``W x`` is multiplied by sqrt(prod(stride)) (docs/method.md, section 3).
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
+            dilation, padding_mode, device, dtype: As in ``nn.ConvTranspose2d``.
+        activation: See :class:`NormPropLinear`.
+        rule: See :class:`NormPropLinear`.
+
+    Shape:
+        As ``nn.ConvTranspose2d``; ``forward`` takes ``output_size`` too. Parameters: ``weight``,
+        ``gain`` (C_out,), ``bias`` (C_out,).
+
+    Raises:
+        ValueError: For an unknown activation, or centred rows with fan-in 1.
+        TypeError: If activation or rule is not what it should be.
+    """
+
+    _channel_dim = -3
+    _parent = nn.ConvTranspose2d
+
+
+class NormPropConvTranspose3d(_NormPropConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with normalised output, see :class:`NormPropConvTranspose2d`."""
+
+    _channel_dim = -4
+    _parent = nn.ConvTranspose3d
+
+
+class NormalizedActivation(nn.Module):
+    r"""``(phi(gain * x + bias) - mean) / std`` where no weight layer comes right before: after an add, a concat.
+
+    Args:
+        phi: See ``activation`` of :class:`NormPropLinear`.
+        num_features: With it, gain and bias are learned, one a channel on dim 1; without, they are
+            1 and 0.
+        rule: Constants and initial gain.
+        device: As in torch.
+        dtype: As in torch.
+
+    Shape:
+        Any; with ``num_features`` ``(N, num_features, *)``.
+
+    Raises:
+        ValueError: For an unknown activation, or num_features below 1.
+
+    Example:
+        >>> NormalizedActivation("relu")(torch.zeros(1)).item()  # (0 - .39894228) / .58381937
+        -0.683331...
+    """
+
+    def __init__(
+        self,
+        phi: Any,
+        num_features: int | None = None,
+        rule: NormRule = PAPER,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if num_features is not None and num_features < 1:
+            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        if not isinstance(rule, NormRule):
+            raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
+        self.rule = rule
+        self.num_features = num_features
+        self.activation = activations.as_module(phi)
+        self.initial_gain = initial_gain(rule, self.activation)
+        self.activation.to(device, dtype)
+        self.standard = functional.standard_constants(self.activation)
+        for name in ("gain", "bias"):
+            value = None
+            if num_features is not None:
+                value = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+            self.register_parameter(name, value)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The rule's gain, bias 0."""
+        if self.gain is None:
+            return
+        nn.init.constant_(self.gain, self.initial_gain)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
+        dim = 1 - input.ndim
+        if self.gain is not None:
+            gain, bias = (functional.along(p, input, dim) for p in (self.gain, self.bias))
+            input = torch.addcmul(bias, input, gain)
+        return functional.normalize_activation(input, self.activation, mean, std, dim)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The same function in torch's own modules: an affine map, the activation, an affine map."""
+        mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
+        parts: list[nn.Module] = []
+        if self.gain is not None:
+            parts.append(_affine(torch.mul, self.gain, torch.add, self.bias, 1))
+        like = torch.empty(0) if self.gain is None else self.gain
+        parts += _fuse_activation(self.activation, mean, std, 1, like)
+        return nn.Sequential(*parts).train(self.training)
+
+    def extra_repr(self) -> str:
+        channels = "" if self.num_features is None else f"{self.num_features}, "
+        return f"{activations.name_of(self.activation)}, {channels}rule={rule_name(self.rule)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"

@@ -1,0 +1,173 @@
+"""The library's promises as checks that anyone can run on any model (DESIGN promise 1)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+
+from normprop.data_norm import BatchDataNorm
+
+# Random by purpose, or batch-dependent by purpose: switched off, and said so.
+_RANDOM_NAMES = ("DropPath", "StochasticDepth")
+
+
+def _prepared(model: nn.Module) -> nn.Module:
+    """A copy in train mode whose modules that are random by purpose are in eval mode."""
+    twin = copy.deepcopy(model).train()
+    off = []
+    for name, module in twin.named_modules():
+        random = isinstance(module, (_DropoutNd, nn.RReLU, BatchDataNorm))
+        if random or type(module).__name__ in _RANDOM_NAMES:
+            module.eval()
+            off.append(f"{name or 'model'} ({type(module).__name__})")
+    if off:
+        warnings.warn(f"switched off for this check: {', '.join(off)}", stacklevel=3)
+    return twin
+
+
+def _suspects(model: nn.Module) -> str:
+    """The layers that are known to look across the batch, for the message."""
+    found = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, _NormBase) and not type(module).__name__.startswith("Instance")
+    ]
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"; batch statistics in {', '.join(found[:3])}{more}"
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+
+
+def _gap(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the expected tensor's largest value."""
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((actual - expected).abs().max() / scale)
+
+
+def assert_batch_independent(model: nn.Module, x: Tensor, tolerance: float | None = None) -> None:
+    """In train mode, each sample's output is what it is when the sample comes alone.
+
+    Equal up to kernel rounding: 1e-5 in float32, 1e-12 in float64, relative to the largest output.
+    Dropout, stochastic depth and BatchDataNorm are switched off, with a warning that names them.
+
+    Args:
+        model: Any model from one tensor to one tensor; it is copied, not changed.
+        x: At least two samples, shape ``(N, ...)``.
+        tolerance: In place of the default.
+
+    Raises:
+        AssertionError: If a sample's output depends on the others, or the model refuses one sample.
+        ValueError: If ``x`` has fewer than two samples.
+    """
+    if x.shape[0] < 2:
+        raise ValueError(f"x needs at least 2 samples, got {x.shape[0]}")
+    twin = _prepared(model)
+    with torch.no_grad():
+        together = twin(x)
+        limit = _tolerance(together.dtype) if tolerance is None else tolerance
+        for index in range(x.shape[0]):
+            try:
+                alone = twin(x[index : index + 1])
+            except Exception as error:
+                raise AssertionError(
+                    f"the model fails on sample {index} alone: {error}{_suspects(model)}"
+                ) from error
+            scale = together.abs().max().clamp_min(torch.finfo(together.dtype).tiny)
+            gap = float((alone[0] - together[index]).abs().max() / scale)
+            if not gap <= limit:
+                raise AssertionError(
+                    f"sample {index}'s output depends on the rest of its batch: alone it differs by "
+                    f"{gap:.2g} of the largest output (limit {limit:.0e}){_suspects(model)}"
+                )
+
+
+def assert_train_equals_eval(model: nn.Module, x: Tensor) -> None:
+    """``model.train()(x)`` equals ``model.eval()(x)`` bit for bit, and no buffer changes.
+
+    Dropout, stochastic depth and BatchDataNorm are switched off, with a warning that names them.
+
+    Args:
+        model: Any model from one tensor to one tensor; it is copied, not changed.
+        x: Shape ``(N, ...)``.
+
+    Raises:
+        AssertionError: If outputs differ in any bit, or a forward pass changes a buffer.
+    """
+    twin = _prepared(model)
+    buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
+    with torch.no_grad():
+        try:
+            trained = twin(x)
+        except Exception as error:
+            raise AssertionError(f"the model fails in train mode: {error}{_suspects(model)}") from error
+        changed = [n for n, b in twin.named_buffers() if not torch.equal(b, buffers[n])]
+        evaluated = twin.eval()(x)
+    if not torch.equal(trained, evaluated):
+        raise AssertionError(
+            f"train() and eval() differ by {_gap(trained, evaluated):.2g} of the largest output"
+            f"{_suspects(model)}"
+        )
+    if changed:
+        raise AssertionError(f"a forward pass changes the buffers {', '.join(changed)}{_suspects(model)}")
+
+
+def assert_accumulation_equals_batch(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    loss: Callable[[Any, Tensor], Tensor],
+    micro_batch: int = 1,
+    tolerance: float | None = None,
+) -> None:
+    """The gradient summed over micro-batches is the gradient of the whole batch.
+
+    Args:
+        model: Any model from one tensor to what ``loss`` takes; it is copied, not changed.
+        x: Shape ``(N, ...)``.
+        y: Targets, N of them.
+        loss: ``loss(output, target)``, the mean over samples, such as ``F.cross_entropy``.
+        micro_batch: Samples in a micro-batch.
+        tolerance: In place of 1e-5 (float32) or 1e-12 (float64), relative to each parameter's
+            largest gradient.
+
+    Raises:
+        AssertionError: If a parameter's gradients differ, or the model refuses a micro-batch.
+    """
+    whole = _prepared(model)
+    parts = copy.deepcopy(whole)
+    loss(whole(x), y).backward()
+    for a, b in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
+        try:
+            (loss(parts(a), b) * (a.shape[0] / x.shape[0])).backward()
+        except Exception as error:
+            raise AssertionError(
+                f"the model fails on a micro-batch of {a.shape[0]}: {error}{_suspects(model)}"
+            ) from error
+    largest = max(
+        (float(p.grad.abs().max()) for p in whole.parameters() if p.grad is not None), default=0.0
+    )
+    for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
+        if p.grad is None and q.grad is None:
+            continue
+        assert p.grad is not None and q.grad is not None
+        limit = _tolerance(p.dtype) if tolerance is None else tolerance
+        # Gradients that are 0 but for rounding are measured against the model's largest.
+        scale = max(float(p.grad.abs().max()), 1e-3 * largest) or 1.0
+        gap = float((p.grad - q.grad).abs().max()) / scale
+        if not gap <= limit:
+            raise AssertionError(
+                f"{name}: {x.shape[0]} samples in micro-batches of {micro_batch} give a gradient that "
+                f"differs from the whole batch's by {gap:.2g} of its largest entry "
+                f"(limit {limit:.0e}){_suspects(model)}"
+            )
