@@ -124,7 +124,7 @@ def exponential_linear(
     first = scale * (relu_mean + tail_mean)
     var = scale**2 * (relu_var + tail_var - 2 * relu_mean * tail_mean)
     slope = scale**2 * (right + (alpha / length) ** 2 * twice)
-    return first, var, slope
+    return first, var.clamp_min(0), slope  # rounding, where std is 0
 
 
 def gelu(mean: Tensor, std: Tensor) -> tuple[Tensor, None, None]:
@@ -200,8 +200,9 @@ def quadrature_slope(phi: Phi, mean: Tensor, std: Tensor, kinks: Sequence[float]
     with torch.enable_grad():
         u, weights = nodes(mean, std, kinks)
         if not u.requires_grad:
+            keep_graph = keep_graph and phi(u.clone()).requires_grad  # phi's own parameters
             u = u.detach().requires_grad_()
-        y = phi(u)
+        y = phi(u.clone())  # an in-place function must not meet a leaf
         if not y.requires_grad:  # constant
             return torch.zeros_like(mean)
         (derivative,) = torch.autograd.grad(y.sum(), u, create_graph=keep_graph)
@@ -230,10 +231,13 @@ def breakpoints(phi: Phi, reach: float = 27.0) -> tuple[float, ...]:
         >>> [round(k, 6) for k in breakpoints(lambda u: (u - 0.3).abs())]
         [0.3]
     """
-    base = sorted({x for x in _UNIT_EDGES if abs(x) < reach} | {-reach, reach})
-    kinks = _refine(phi, base, collect_kinks=True)
+    base = {x for x in _UNIT_EDGES if abs(x) < reach} | {-reach, reach}
+    # A kink on an edge of the search would go unseen, and its panel edge must move with it.
+    shifted = {x + math.pi / 100 for x in base if x < reach} | {-reach, reach}
+    found = _refine(phi, sorted(shifted), collect_kinks=True)
+    kinks = {next((x for x in base if abs(x - kink) < 1e-6), kink) for kink in found}
     edges = _refine(phi, sorted({*base, *kinks}), collect_kinks=False)
-    return tuple(sorted(({*kinks, *edges}) - set(base)))
+    return tuple(sorted({*kinks, *edges}))
 
 
 def _refine(phi: Phi, edges: list[float], collect_kinks: bool) -> list[float]:

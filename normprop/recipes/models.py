@@ -1,0 +1,276 @@
+"""The recipe models: one definition each, the norm is an argument.
+
+NormProp takes the place of three things at once, the layer, its norm and its activation; so a model
+is written in terms of :class:`Blocks`, which builds that triple for every norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+import normprop
+from normprop import NormRule
+from normprop.recipes import InputError
+
+NORMS = ("normprop", "batch", "group", "layer", "weight", "none")
+
+
+class Blocks:
+    """Builds convolution + norm + activation for one norm.
+
+    Args:
+        norm: One of :data:`NORMS`.
+        rule: For ``"normprop"``.
+    """
+
+    def __init__(self, norm: str, rule: NormRule) -> None:
+        self.norm, self.rule = norm, rule
+
+    def conv(
+        self,
+        channels: int,
+        out: int,
+        kernel: int,
+        stride: int = 1,
+        padding: int = 0,
+        *,
+        first: bool = False,
+        activation: bool = True,
+    ) -> nn.Module:
+        """ReLU(norm(conv)); ``activation=False``: a linear map without norm, for outputs and branch ends."""
+        if self.norm == "normprop":
+            return normprop.NormPropConv2d(
+                channels,
+                out,
+                kernel,
+                stride,
+                padding,
+                activation="relu" if activation else None,
+                rule=self.rule.at(channels * kernel**2, first),
+            )
+        bias = not (activation and self.norm in ("batch", "group", "layer"))
+        return self._wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=bias), out, activation)
+
+    def linear(
+        self, features: int, out: int, *, first: bool = False, activation: bool = True
+    ) -> nn.Module:
+        """ReLU(norm(linear)); ``activation=False``: the output layer."""
+        if self.norm == "normprop":
+            return normprop.NormPropLinear(
+                features,
+                out,
+                activation="relu" if activation else None,
+                rule=self.rule.at(features, first),
+            )
+        bias = not (activation and self.norm in ("batch", "group", "layer"))
+        return self._wrap(nn.Linear(features, out, bias=bias), out, activation, nn.BatchNorm1d)
+
+    def _wrap(
+        self,
+        layer: nn.Conv2d | nn.Linear,
+        channels: int,
+        activation: bool,
+        batch_norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> nn.Module:
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+        if not activation:
+            return layer
+        if self.norm == "weight":
+            weight_norm(layer)
+        return nn.Sequential(
+            layer, *self._norm_layers(channels, batch_norm), nn.ReLU(inplace=True)
+        )
+
+    def _norm_layers(
+        self, channels: int, batch_norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+    ) -> list[nn.Module]:
+        if self.norm == "batch":
+            return [batch_norm(channels)]
+        if self.norm == "group":
+            return [nn.GroupNorm(math.gcd(32, channels), channels)]
+        if self.norm == "layer":
+            return [nn.GroupNorm(1, channels)]
+        return []
+
+    def activate(self, channels: int) -> nn.Module:
+        """norm and ReLU of a residual trunk, which no layer comes right before."""
+        if self.norm == "normprop":
+            return normprop.NormalizedActivation("relu", rule=self.rule)
+        return nn.Sequential(*self._norm_layers(channels), nn.ReLU())
+
+    def add(self, blocks: int, projection: bool) -> nn.Module:
+        """The residual sum; NormProp keeps its variance (docs/method.md, section 6)."""
+        if self.norm != "normprop":
+            return Sum()
+        return normprop.NormalizedAdd() if projection else normprop.NormalizedAdd.residual(blocks)
+
+
+class Sum(nn.Module):
+    """Plain residual sum."""
+
+    def forward(self, trunk: nn.Module, branch: nn.Module) -> nn.Module:
+        return trunk + branch
+
+
+class ResidualBlock(nn.Module):
+    """Pre-activation block (He et al. 2016): act, conv, act, conv, add."""
+
+    def __init__(self, make: Blocks, channels: int, out: int, stride: int, blocks: int) -> None:
+        super().__init__()
+        self.activate = make.activate(channels)
+        self.conv1 = make.conv(channels, out, 3, stride, 1)
+        self.conv2 = make.conv(out, out, 3, 1, 1, activation=False)
+        projection = stride != 1 or channels != out
+        self.shortcut = make.conv(channels, out, 1, stride, activation=False) if projection else None
+        self.add = make.add(blocks, projection)
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        y = self.activate(x)
+        trunk = x if self.shortcut is None else self.shortcut(y)
+        return self.add(trunk, self.conv2(self.conv1(y)))
+
+
+def _width(channels: int, factor: float) -> int:
+    return max(1, round(channels * factor))
+
+
+def mlp(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
+    """Two hidden layers of 256."""
+    hidden = _width(256, width)
+    return nn.Sequential(
+        nn.Flatten(),
+        make.linear(math.prod(shape), hidden, first=True),
+        make.linear(hidden, hidden),
+        make.linear(hidden, classes, activation=False),
+    )
+
+
+def cnn(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
+    """A small network: four 3x3 convolutions, two max pools, one hidden layer."""
+    a, b, hidden = (_width(c, width) for c in (16, 32, 64))
+    height, wide = shape[1] // 4, shape[2] // 4
+    if min(height, wide) < 1:
+        raise InputError(f"--model cnn needs images of at least 4x4, got {shape[1]}x{shape[2]}")
+    return nn.Sequential(
+        make.conv(shape[0], a, 3, padding=1, first=True),
+        make.conv(a, a, 3, padding=1),
+        nn.MaxPool2d(2),
+        make.conv(a, b, 3, padding=1),
+        make.conv(b, b, 3, padding=1),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        make.linear(b * height * wide, hidden),
+        make.linear(hidden, classes, activation=False),
+    )
+
+
+def nin(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
+    """The paper's Network in Network (PAPER.md 1.4), pads as printed there.
+
+    C(192,5,1,2) C(160,1) C(96,1)... in the paper's order: nine convolutions, two pools, and the mean
+    over positions. Maps of a 32x32 image: 32, 32, 16, 16, 16, 8, 4, 8, 8.
+    """
+    a, b, c = (_width(channels, width) for channels in (192, 160, 96))
+    if min(shape[1:]) < 18:
+        raise InputError(
+            f"--model nin needs images of at least 18x18, got {shape[1]}x{shape[2]}; use --model cnn"
+        )
+    return nn.Sequential(
+        make.conv(shape[0], a, 5, padding=2, first=True),
+        make.conv(a, b, 1),
+        nn.MaxPool2d(3, 2, 1),
+        make.conv(b, c, 1),
+        make.conv(c, a, 5, padding=2),
+        make.conv(a, a, 1),
+        nn.AvgPool2d(3, 2, 1),
+        make.conv(a, a, 1),
+        make.conv(a, a, 5),
+        make.conv(a, a, 1, padding=2),
+        make.conv(a, classes, 1, activation=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def _resnet(
+    shape: tuple[int, int, int], classes: int, make: Blocks, widths: list[int], depth: int
+) -> nn.Module:
+    """Pre-activation ResNet for small images: a 3x3 stem, stages of ``depth`` blocks."""
+    total = depth * len(widths)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    layers["stem"] = make.conv(shape[0], widths[0], 3, 1, 1, first=True, activation=False)
+    channels = widths[0]
+    for stage, out in enumerate(widths):
+        blocks = []
+        for index in range(depth):
+            stride = 2 if stage > 0 and index == 0 else 1
+            blocks.append(ResidualBlock(make, channels, out, stride, total))
+            channels = out
+        layers[f"stage{stage + 1}"] = nn.Sequential(*blocks)
+    layers["activate"] = make.activate(channels)
+    layers["pool"] = nn.AdaptiveAvgPool2d(1)
+    layers["flatten"] = nn.Flatten()
+    layers["output"] = make.linear(channels, classes, activation=False)
+    return nn.Sequential(layers)
+
+
+def resnet20(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
+    """Three stages of three blocks, 16 to 64 channels."""
+    return _resnet(shape, classes, make, [_width(c, width) for c in (16, 32, 64)], 3)
+
+
+def resnet18(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
+    """Four stages of two blocks, 64 to 512 channels."""
+    return _resnet(shape, classes, make, [_width(c, width) for c in (64, 128, 256, 512)], 2)
+
+
+MODELS: dict[str, Callable[[tuple[int, int, int], int, Blocks, float], nn.Module]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "nin": nin,
+    "resnet20": resnet20,
+    "resnet18": resnet18,
+}
+
+
+def build(
+    model: str,
+    shape: tuple[int, int, int],
+    classes: int,
+    norm: str = "normprop",
+    rule: NormRule = normprop.RECOMMENDED,
+    width: float = 1.0,
+) -> nn.Module:
+    """A recipe model.
+
+    Args:
+        model: One of :data:`MODELS`.
+        shape: (C, H, W) of one image.
+        classes: Number of outputs.
+        norm: One of :data:`NORMS`.
+        rule: For ``norm="normprop"``.
+        width: Factor on every number of hidden channels.
+
+    Returns:
+        A module from ``(N, C, H, W)`` to ``(N, classes)``.
+
+    Raises:
+        InputError: For an unknown name, a width that is not above 0, or images that are too small.
+
+    Example:
+        >>> build("cnn", (1, 8, 8), 10)(torch.zeros(1, 1, 8, 8)).shape
+        torch.Size([1, 10])
+    """
+    for option, value, known in (("--model", model, tuple(MODELS)), ("--norm", norm, NORMS)):
+        if value not in known:
+            raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
+    if not 0 < width < math.inf:
+        raise InputError(f"--width {width}: expected a number above 0")
+    return MODELS[model](shape, classes, Blocks(norm, rule), width)

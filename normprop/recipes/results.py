@@ -1,0 +1,98 @@
+"""Result files: written whole or not at all, with what made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import normprop
+from normprop.recipes import InputError
+
+
+def environment() -> dict[str, Any]:
+    """Versions, device, threads and commit, for every result file."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    return {
+        "versions": {
+            "normprop": normprop.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "pytorch-lightning": version("pytorch-lightning"),
+        },
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with '+' if files differ from it; None for an installed package."""
+    root = Path(normprop.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value``; a reader, or a kill in the middle, finds the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """Create ``out``, and take it away again if the block fails before it has a result.
+
+    Raises:
+        InputError: If nothing can be written there, at the start or later (a full disk).
+    """
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+
+    def undo() -> None:
+        if not new or (out / "results.json").exists() or list(out.glob("checkpoints/*.ckpt")):
+            return
+        shutil.rmtree(out, ignore_errors=True)
+        for folder in new[1:]:
+            if folder.exists() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".write-test"
+        probe.write_bytes(b"normprop" * 512)
+        probe.unlink()
+        yield out
+    except OSError as error:
+        undo()
+        raise InputError(
+            f"--out {out}: cannot write there ({error.strerror or error}); choose another folder or free space"
+        ) from error
+    except BaseException:
+        undo()
+        raise

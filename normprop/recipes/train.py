@@ -1,0 +1,445 @@
+"""Training with Lightning: one model, one norm; checkpoints every epoch and resumes bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+import normprop
+from normprop.recipes import InputError
+from normprop.recipes.data import Batches, ImageData
+from normprop.recipes.models import build
+from normprop.recipes.results import environment, output_folder, write_json
+
+RULES = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
+DATA_NORMS = ("global", "channel", "batch", "none")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
+# Peak learning rates at batch 128 where each norm trains well and stably (experiments/LOG.md).
+BASE_LR = {"normprop": 0.05, "batch": 0.1, "group": 0.1, "layer": 0.1, "weight": 0.02, "none": 0.02}
+EVALUATION_BATCH = 500
+
+
+def default_lr(norm: str, batch_size: int) -> float:
+    """Linear scaling below batch 128 (Goyal et al. 2017), constant above."""
+    return BASE_LR[norm] * min(1.0, batch_size / 128)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a training run's result.
+
+    Attributes:
+        model: One of ``MODELS``.
+        norm: One of ``NORMS``.
+        rule: One of :data:`RULES`, for NormProp.
+        width: Factor on the hidden channels.
+        batch_size: Samples a step (and device).
+        epochs: Passes over the data.
+        lr: Peak learning rate of the one-cycle schedule; None for :func:`default_lr`.
+        data_norm: ``"global"`` (per pixel, over the training set), ``"channel"``, ``"batch"``
+            (per pixel, over the input batch), ``"none"``.
+        flip: Mirror half of the training images.
+        seed: Of weights, order and flips.
+        precision: Lightning's: ``"32-true"``, ``"bf16-mixed"``, ...
+        limit_train_batches: Steps an epoch at most; None for all.
+    """
+
+    model: str = "cnn"
+    norm: str = "normprop"
+    rule: str = "recommended"
+    width: float = 1.0
+    batch_size: int = 128
+    epochs: int = 10
+    lr: float | None = None
+    data_norm: str = "global"
+    flip: bool = False
+    seed: int = 0
+    precision: str = "32-true"
+    limit_train_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("rule", RULES), ("data_norm", DATA_NORMS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
+        for name in ("batch_size", "epochs", "limit_train_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise InputError(f"--lr {self.lr}: expected a number above 0")
+        if self.seed < 0:
+            raise InputError(f"--seed {self.seed}: expected at least 0")
+        if self.data_norm == "batch" and self.batch_size == 1:
+            raise InputError("--data-norm batch needs --batch-size of at least 2; use --data-norm global")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to.
+
+    Attributes:
+        status: ``"ok"``, ``"diverged"`` or ``"cannot train"``.
+        reason: Why not, in one line; empty if ok.
+        history: One record an epoch: epoch, train_loss, test_accuracy, seconds.
+        network: The trained network, data end included.
+    """
+
+    status: str
+    reason: str
+    history: list[dict[str, Any]]
+    network: nn.Module
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """A fraction, after the last epoch; None unless the run is ok."""
+        return self.history[-1]["test_accuracy"] if self.status == "ok" else None
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Median training time of an epoch, evaluation excluded."""
+        seconds = sorted(record["seconds"] for record in self.history)
+        return seconds[len(seconds) // 2] if seconds else None
+
+
+def network(run: Run, data: ImageData) -> nn.Module:
+    """The data end and the model, weights drawn from ``run.seed``."""
+    torch.manual_seed(run.seed)
+    model = build(run.model, data.shape, data.classes, run.norm, RULES[run.rule], run.width)
+    end: nn.Module = nn.Identity()
+    if run.data_norm in ("global", "channel"):
+        per = "element" if run.data_norm == "global" else "channel"
+        end = normprop.GlobalDataNorm.fit(((x,) for x in data.train_x.split(1000)), per=per)
+    elif run.data_norm == "batch":
+        end = normprop.BatchDataNorm(data.shape)
+    return nn.Sequential(OrderedDict(data_norm=end, model=model))
+
+
+class _Diverged(Exception):
+    """The loss is no number any more."""
+
+
+class _Classifier(pl.LightningModule):
+    """Cross-entropy, SGD with momentum 0.9, one-cycle learning rate; NormProp's rows projected every step."""
+
+    def __init__(self, run: Run, net: nn.Module) -> None:
+        super().__init__()
+        self.run, self.net = run, net
+        self.history: list[dict[str, Any]] = []
+        self.dtype_in = torch.float64 if run.precision == "64-true" else torch.float32
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dtype != self.dtype_in:
+            x = x.to(self.dtype_in)
+        return self.net(x.contiguous(memory_format=torch.channels_last))
+
+    def configure_optimizers(self) -> Any:
+        run = self.run
+        lr = default_lr(run.norm, run.batch_size) if run.lr is None else run.lr
+        groups = normprop.param_groups(self.net, weight_decay=5e-4)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        if run.norm == "normprop":
+            normprop.attach_projection(optimizer, self.net)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=lr,
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            pct_start=0.25,
+            cycle_momentum=False,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_epoch_start(self) -> None:
+        # Every epoch's randomness follows from its number, so that a resumed run is the same run.
+        torch.manual_seed((self.run.seed * 10_007 + self.current_epoch) * 1009 + self.global_rank)
+        self.started = time.perf_counter()
+        self.loss_sum = torch.zeros((), device=self.device)
+        self.steps = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, y = batch
+        if self.run.flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
+        loss = F.cross_entropy(self(x).float(), y)
+        self.loss_sum += loss.detach()
+        self.steps += 1
+        if self.steps % 50 == 0 and not torch.isfinite(self.loss_sum):
+            raise _Diverged(f"the loss is no number after {self.steps} steps of epoch {self.current_epoch + 1}")
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.seconds = time.perf_counter() - self.started
+        self.correct = torch.zeros((), device=self.device)
+        self.seen = torch.zeros((), device=self.device)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        x, y = batch
+        self.correct += (self(x).argmax(1) == y).sum()
+        self.seen += len(y)
+
+    def on_validation_epoch_end(self) -> None:
+        totals = self.all_gather(torch.stack([self.correct, self.seen, self.loss_sum / self.steps]))
+        correct, seen, loss = totals.reshape(-1, 3).double().sum(0).tolist()
+        if not math.isfinite(loss):
+            raise _Diverged(f"the loss is no number in epoch {self.current_epoch + 1}")
+        self.history.append(
+            {
+                "epoch": self.current_epoch + 1,
+                "train_loss": loss / self.trainer.world_size,
+                "test_accuracy": correct / seen,
+                "seconds": self.seconds,
+            }
+        )
+        if self.logger:
+            self.log_dict({k: float(v) for k, v in self.history[-1].items() if k != "epoch"})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["normprop"] = {"history": self.history, "run": asdict(self.run)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.history = checkpoint["normprop"]["history"]
+
+
+class _Data(pl.LightningDataModule):
+    """Shuffled training batches; the order of an epoch follows from the seed and the epoch's number."""
+
+    def __init__(self, run: Run, data: ImageData) -> None:
+        super().__init__()
+        self.run, self.data = run, data
+
+    def _loader(self, x: Tensor, y: Tensor, batch_size: int, shuffle: bool) -> DataLoader[Any]:
+        assert self.trainer is not None
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            Batches(x, y), self.trainer.world_size, self.trainer.global_rank, shuffle, self.run.seed
+        )
+        return DataLoader(
+            Batches(x, y),
+            batch_size,
+            sampler=sampler,
+            collate_fn=_already_a_batch,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.data.train_x, self.data.train_y, self.run.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.data.test_x, self.data.test_y, EVALUATION_BATCH, shuffle=False)
+
+
+def _already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
+
+
+class _AtomicCheckpoints(TorchCheckpointIO):
+    """A checkpoint has its name only once it is whole, whatever kills the process."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        temporary = f"{path}.tmp"
+        try:
+            super().save_checkpoint(checkpoint, temporary, storage_options)
+            os.replace(temporary, path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+
+
+class _AfterEpoch(Callback):
+    """Calls ``report(history)`` after every epoch's evaluation, on the first process."""
+
+    def __init__(self, report: Callable[[list[dict[str, Any]]], None]) -> None:
+        self.report = report
+
+    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and module.history:
+            self.report(module.history)  # type: ignore[arg-type]
+
+
+def fit(
+    run: Run,
+    data: ImageData,
+    report: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    out: Path | None = None,
+    checkpoint: Path | None = None,
+    progress_bar: bool = False,
+    devices: str = "1",
+    nodes: int = 1,
+) -> Outcome:
+    """Train one model.
+
+    Args:
+        run: What to train and how.
+        data: On what.
+        report: Called after every epoch with its records.
+        out: Folder for checkpoints and logs (TensorBoard, CSV); None for neither.
+        checkpoint: File to go on from.
+        progress_bar: Show Lightning's bar.
+        devices: How many, or ``"auto"``.
+        nodes: Number of machines.
+
+    Returns:
+        The outcome; a norm that refuses the batch size, or a loss that is no number, is a status.
+    """
+    module = _Classifier(run, network(run, data).to(memory_format=torch.channels_last))
+    callbacks: list[Callback] = [_AfterEpoch(report)]
+    loggers: list[Any] = []
+    if out is not None:
+        callbacks.append(
+            ModelCheckpoint(out / "checkpoints", "epoch-{epoch}", auto_insert_metric_name=False, save_top_k=1)
+        )
+        loggers = [CSVLogger(out, "logs"), TensorBoardLogger(out, "logs", log_graph=False)]
+    if progress_bar:
+        callbacks.append(RichProgressBar())
+    with warnings.catch_warnings(), _quiet_lightning():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            accelerator="auto",
+            devices=devices if devices == "auto" else int(devices),
+            num_nodes=nodes,
+            precision=run.precision,  # type: ignore[arg-type]
+            max_epochs=run.epochs,
+            limit_train_batches=run.limit_train_batches,
+            num_sanity_val_steps=0,
+            logger=loggers or False,
+            callbacks=callbacks,
+            plugins=[_AtomicCheckpoints()],
+            enable_checkpointing=out is not None,
+            enable_progress_bar=progress_bar,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            benchmark=False,
+        )
+        status, reason = "ok", ""
+        try:
+            trainer.fit(module, datamodule=_Data(run, data), ckpt_path=checkpoint)
+        except _Diverged as error:
+            lr = default_lr(run.norm, run.batch_size) if run.lr is None else run.lr
+            status, reason = "diverged", f"{error}; try --lr {lr / 4:.2g}"
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            status, reason = "cannot train", f"{error} (BatchNorm at batch size {run.batch_size})"
+        else:
+            if trainer.interrupted:
+                raise KeyboardInterrupt
+    return Outcome(status, reason, module.history, module.net)
+
+
+class _quiet_lightning:
+    """Lightning's hints (processors, worker counts, tips) are not about the user's run."""
+
+    names = ("pytorch_lightning", "lightning", "lightning.pytorch", "lightning.fabric")
+
+    def __enter__(self) -> None:
+        self.levels = {name: logging.getLogger(name).level for name in self.names}
+        for name in self.names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for name, level in self.levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The checkpoint of the last finished epoch; they are only named once whole."""
+    found = list(out.glob("checkpoints/epoch-*.ckpt"))
+    return max(found, key=lambda path: int(path.stem.split("-")[1]), default=None)
+
+
+def _check_resumable(path: Path, run: Run, dataset: str, out: Path) -> None:
+    """Refuse a checkpoint of another run, naming the first difference."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=False)["normprop"]
+        before = saved["run"] | {"dataset": saved["dataset"]} if "dataset" in saved else saved["run"]
+    except Exception as error:
+        raise InputError(
+            f"--resume: {path} is no checkpoint of normprop train ({type(error).__name__}); "
+            "delete it, or choose another --out"
+        ) from error
+    for name, value in asdict(run).items():
+        if before.get(name) != value:
+            raise InputError(
+                f"--resume: {out} holds a run with {name.replace('_', '-')} {before.get(name)}, this one has "
+                f"{value}; repeat its options or choose another --out"
+            )
+
+
+def train(
+    run: Run,
+    data: ImageData,
+    out: Path,
+    resume: bool = False,
+    report: Callable[[list[dict[str, Any]]], None] = lambda _: None,
+    progress_bar: bool = False,
+    devices: str = "auto",
+    nodes: int = 1,
+) -> Outcome:
+    """Train one model into a folder: ``results.json``, ``checkpoints/``, ``logs/``, ``model.pt``.
+
+    Args:
+        run: What to train and how.
+        data: On what.
+        out: The folder; created, and taken away again if nothing comes of it.
+        resume: Go on from the last finished epoch of the same run in ``out``.
+        report: Called after every epoch with its records.
+        progress_bar: Show a bar.
+        devices: How many, or ``"auto"``.
+        nodes: Number of machines.
+
+    Returns:
+        The outcome; ``model.pt`` is the trained network's state dict.
+
+    Raises:
+        InputError: If ``out`` cannot be written, holds another run, or has nothing to resume.
+    """
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is not None and not resume:
+        raise InputError(f"--out {out} holds a run already; add --resume to go on, or choose another --out")
+    if resume and checkpoint is None:
+        raise InputError(f"--resume: no checkpoint in {out}; leave --resume out to start")
+    if checkpoint is not None:
+        _check_resumable(checkpoint, run, data.name, out)
+    first_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    made_by = environment()
+
+    def save(history: list[dict[str, Any]], status: str = "partial", reason: str = "") -> None:
+        ok = status == "ok"
+        record = {
+            "run": asdict(run) | {"dataset": data.name},
+            "status": status,
+            "reason": reason,
+            "test_accuracy": history[-1]["test_accuracy"] if ok else None,
+            "epochs": history,
+            **made_by,
+        }
+        write_json(out / "results.json", record)
+
+    def after_epoch(history: list[dict[str, Any]]) -> None:
+        save(history)
+        report(history)
+
+    with output_folder(out):
+        outcome = fit(run, data, after_epoch, out, checkpoint, progress_bar, devices, nodes)
+        if first_process:
+            temporary = out / "model.pt.tmp"
+            torch.save(outcome.network.state_dict(), temporary)
+            os.replace(temporary, out / "model.pt")
+            save(outcome.history, outcome.status, outcome.reason)
+    return outcome
