@@ -52,7 +52,10 @@ TRUTH = {
     "selu": (lambda u: SELU_SCALE * (u if u > 0 else SELU_ALPHA * mp.expm1(u)), (0,)),
     "celu": (lambda u: u if u > 0 else mp.expm1(u), (0,)),
     "gelu": (lambda u: u * mp.ncdf(u), ()),
-    "gelu_tanh": (lambda u: u / 2 * (1 + mp.tanh(mp.sqrt(2 / mp.pi) * (u + mp.mpf("0.044715") * u**3))), ()),
+    "gelu_tanh": (
+        lambda u: u / 2 * (1 + mp.tanh(mp.sqrt(2 / mp.pi) * (u + mp.mpf("0.044715") * u**3))),
+        (),
+    ),
     "silu": (lambda u: u / (1 + mp.exp(-u)), ()),
     "mish": (lambda u: u * mp.tanh(mp.log1p(mp.exp(u))), ()),
     "hardswish": (lambda u: u * min(max(u + 3, mp.mpf(0)), mp.mpf(6)) / 6, (-3, 3)),
@@ -78,7 +81,11 @@ UNKNOWN = {
     ),
     "step": (lambda u: (u > 0.37).to(u.dtype), lambda u: mp.mpf(u > 0.37), ("0.37",)),
     "step at 0": (lambda u: (u > 0).to(u.dtype), lambda u: mp.mpf(u > 0), ("0",)),
-    "sharp tanh": (lambda u: torch.tanh(50 * u), lambda u: mp.tanh(50 * u), ("-.3", "-.1", "0", ".1", ".3")),
+    "sharp tanh": (
+        lambda u: torch.tanh(50 * u),
+        lambda u: mp.tanh(50 * u),
+        ("-.3", "-.1", "0", ".1", ".3"),
+    ),
     "relu": (lambda u: u.clamp_min(0), lambda u: max(u, mp.mpf(0)), ("0",)),
     "round": (torch.round, mp.nint, tuple(str(k + 0.5) for k in range(-32, 32))),
     "sine": (torch.sin, mp.sin, ()),
@@ -188,7 +195,9 @@ def test_mean_and_std_broadcast():
     assert normprop.moments("relu", 0.5, torch.tensor([1.0, 2.0])).var.shape == (2,)
 
 
-@pytest.mark.parametrize("phi", [*NAMES, UNKNOWN["kinks at -1.7, 0.3, 2.3"][0], UNKNOWN["sine"][0]], ids=label)
+@pytest.mark.parametrize(
+    "phi", [*NAMES, UNKNOWN["kinks at -1.7, 0.3, 2.3"][0], UNKNOWN["sine"][0]], ids=label
+)
 def test_gradients_with_respect_to_mean_and_std(phi):
     mean, std = (t.requires_grad_() for t in torch.tensor(GAUSSIANS, dtype=torch.float64).T.clone())
     phi = activations.as_module(phi).double()
@@ -293,8 +302,14 @@ def test_what_is_no_activation_is_refused(phi, kind, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"std": -1.0}, "std must be at least 0, got -1.0"), ({"std": math.nan}, "std must be finite, got nan")]
-    + [({"std": math.inf}, "std must be finite, got inf"), ({"mean": math.nan}, "mean must be finite, got nan")],
+    [
+        ({"std": -1.0}, "std must be at least 0, got -1.0"),
+        ({"std": math.nan}, "std must be finite, got nan"),
+    ]
+    + [
+        ({"std": math.inf}, "std must be finite, got inf"),
+        ({"mean": math.nan}, "mean must be finite, got nan"),
+    ],
 )
 def test_bad_numbers_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
