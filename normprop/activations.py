@@ -417,6 +417,9 @@ def _evaluate(
     precise = torch.float32 if mean.device.type == "mps" else torch.float64
     mean, std = mean.to(precise), std.to(precise).abs()
     phi, kinks, closed = _pieces(module)
+    first: Any
+    var: Any
+    slope: Any
     first, var, slope = closed(mean, std) if closed else (None, None, None)
     if first is None or var is None:
         by_rule = gaussian.quadrature_mean_var(phi, mean, std, kinks)
@@ -467,11 +470,10 @@ def moments(
     if not isinstance(std, Tensor) and std < 0:
         raise ValueError(f"std must be at least 0, got {std}")
     module = as_module(phi)
-    like = next((t for t in (mean, std) if isinstance(t, Tensor)), None)
-    if like is None:
-        like = next(module.parameters(), torch.zeros((), dtype=torch.float64))
-        if not is_learned(module):
-            like = like.double()
+    given = [t for t in (mean, std) if isinstance(t, Tensor)]
+    like: Tensor = given[0] if given else next(module.parameters(), torch.zeros((), dtype=torch.float64))
+    if not given and not is_learned(module):
+        like = like.double()
     if not like.is_floating_point():
         like = like.to(torch.get_default_dtype())
     u_mean, u_std = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (mean, std))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,13 +111,13 @@ def unit_rows(
     rows = row_view(weight, transposed, groups)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     dims = _fan_in_dims(rows, transposed)
-    negligible = 0.0
+    negligible: Number = 0.0
     if centered:
         raw = rows
         rows = raw - raw.mean(dims, keepdim=True)
         # What rounding leaves of a constant row is no direction.
-        negligible = raw.detach().square().sum(dims, keepdim=True)
-        negligible = negligible * (16 * torch.finfo(rows.dtype).eps) ** 2
+        power = raw.detach().square().sum(dims, keepdim=True)
+        negligible = power * (16 * torch.finfo(rows.dtype).eps) ** 2
     square = rows.square().sum(dims, keepdim=True)
     return rows, torch.where(square > negligible, square, 1.0).rsqrt()
 
@@ -170,7 +171,7 @@ def constants(
     if rule.constants == "standard" or (gain is None and bias is None):
         if standard is not None:
             return standard
-        like = next(activation.parameters())
+        like: Tensor = next(activation.parameters())
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         mean, var = activations.mean_var(activation, torch.zeros_like(like), torch.ones_like(like))
         return mean, var.sqrt()
@@ -206,11 +207,11 @@ class _ClampMin(torch.autograd.Function):
         return torch.maximum(y, threshold)
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         output, threshold = ctx.saved_tensors
         above = output > threshold
         grad_threshold = None
@@ -233,10 +234,8 @@ def clamp_min(y: Tensor, threshold: Tensor) -> Tensor:
     return _ClampMin.apply(y, threshold)
 
 
-def along(value: Number, like: Tensor, dim: int) -> Number:
+def along(value: Tensor, like: Tensor, dim: int) -> Tensor:
     """A per-channel tensor cast to ``like``'s dtype and shaped to lie along its dim ``dim`` < 0."""
-    if not isinstance(value, Tensor):
-        return value
     return value.to(like.dtype).view(-1, *[1] * (-dim - 1))
 
 
@@ -245,7 +244,8 @@ def normalize_activation(u: Tensor, activation: nn.Module, mean: Number, std: Nu
     y = activation(u)
     if isinstance(mean, float) and isinstance(std, float):
         return y if (mean, std) == (0.0, 1.0) else (y - mean) / std
-    return (y - along(mean, y, dim)) / along(std, y, dim)
+    shift, scale = (along(c, y, dim) if isinstance(c, Tensor) else c for c in (mean, std))
+    return (y - shift) / scale
 
 
 def propagate(
@@ -299,9 +299,7 @@ def propagate(
     shift = -mean / std
     offset = gain.new_full(gain.shape, shift) if not isinstance(shift, Tensor) else shift
     y = linear(scaled, (offset if bias is None else bias / std + offset).to(weight.dtype))
-    threshold = along(shift, y, dim)
-    if not isinstance(threshold, Tensor):
-        threshold = y.new_full((), threshold)
+    threshold = along(shift, y, dim) if isinstance(shift, Tensor) else y.new_full((), shift)
     if slope == 0.0:
         return clamp_min(y, threshold)
     return torch.maximum(y, slope * y + (1 - slope) * threshold)

@@ -263,7 +263,7 @@ def _refine(phi: Phi, edges: list[float], collect_kinks: bool) -> list[float]:
             bad = (whole - halves).abs() > tolerance * size.clamp_min(1e-3) * width
             tiny = width < 1e-7
             if collect_kinks:
-                kinks += [k for k in middle[bad & tiny].tolist()]
+                kinks += middle[bad & tiny].tolist()
             split = bad & ~tiny
             low, middle, high = low[split], middle[split], high[split]
             added += middle.tolist()

@@ -18,11 +18,12 @@ class _NormProp(nn.Module):
     """What all weight layers share. Mixed in before the torch parent, which stores the weight."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Parameter or None; torch's parents disagree on its type
     groups: int = 1
     transposed: bool = False
+    stride: tuple[int, ...]
     _channel_dim: int
-    _parent: type[nn.Module]
+    _parent: Callable[..., Any]
 
     def _finish(self, activation: Any, rule: NormRule, out_features: int) -> None:
         """The rest of the constructor, after the torch parent's."""
@@ -40,8 +41,8 @@ class _NormProp(nn.Module):
                 f"(weight {tuple(self.weight.shape)}, groups {self.groups}); pass "
                 "rule=dataclasses.replace(rule, centered=False)"
             )
-        factory = {"device": self.weight.device, "dtype": self.weight.dtype}
-        self.gain = nn.Parameter(torch.empty(out_features, **factory))
+        empty = torch.empty(out_features, device=self.weight.device, dtype=self.weight.dtype)
+        self.gain = nn.Parameter(empty)
         self.reset_parameters()
 
     @property
@@ -94,9 +95,9 @@ class _NormProp(nn.Module):
         )
 
     def _parent_arguments(self) -> dict[str, Any]:
-        keys = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-        keys += ("groups", "padding_mode") + (("output_padding",) if self.transposed else ())
-        return {key: getattr(self, key) for key in keys}
+        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+        names += ["groups", "padding_mode"] + ["output_padding"] * self.transposed
+        return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -108,9 +109,8 @@ class _NormProp(nn.Module):
             affine map (an ``fx.GraphModule`` of a subtraction and a division).
         """
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
-        relu = type(self.activation) is nn.ReLU and not isinstance(mean, Tensor)
-        scale = std if relu else 1.0
-        shift = (mean / std) if relu else 0.0
+        relu = type(self.activation) is nn.ReLU and isinstance(mean, float) and isinstance(std, float)
+        scale, shift = (float(std), float(mean / std)) if relu else (1.0, 0.0)
         arguments = self._parent_arguments()
         has_bias = self.bias is not None or shift != 0.0
         layer = self._parent(**arguments, bias=has_bias, device=self.weight.device, dtype=self.weight.dtype)
@@ -239,6 +239,8 @@ class NormPropLinear(_NormProp, nn.Linear):
 class _NormPropConv(_NormProp):
     """Convolutions: the torch parent's constructor plus ``activation=`` and ``rule=``."""
 
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
     def __init__(
         self,
         in_channels: int,
@@ -324,6 +326,11 @@ class NormPropConv3d(_NormPropConv, nn.Conv3d):
 class _NormPropConvTranspose(_NormProp):
     """Transposed convolutions: the torch parent's constructor plus ``activation=`` and ``rule=``."""
 
+    kernel_size: tuple[int, ...]
+    padding: Any
+    dilation: tuple[int, ...]
+    _output_padding: Callable[..., list[int]]
+
     def __init__(
         self,
         in_channels: int,
@@ -369,7 +376,8 @@ class _NormPropConvTranspose(_NormProp):
             spatial,
             self.dilation,
         )
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[spatial - 1]
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+        convolve: Callable[..., Tensor] = transposed[spatial - 1]
         return self._propagate(
             lambda weight, bias: convolve(
                 input,
@@ -446,6 +454,9 @@ class NormalizedActivation(nn.Module):
         -0.683331...
     """
 
+    gain: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(
         self,
         phi: Any,
@@ -474,7 +485,7 @@ class NormalizedActivation(nn.Module):
 
     def reset_parameters(self) -> None:
         """The rule's gain, bias 0."""
-        if self.gain is None:
+        if self.gain is None or self.bias is None:
             return
         nn.init.constant_(self.gain, self.initial_gain)
         nn.init.zeros_(self.bias)
@@ -482,8 +493,8 @@ class NormalizedActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
         dim = 1 - input.ndim
-        if self.gain is not None:
-            gain, bias = (functional.along(p, input, dim) for p in (self.gain, self.bias))
+        if self.gain is not None and self.bias is not None:
+            gain, bias = functional.along(self.gain, input, dim), functional.along(self.bias, input, dim)
             input = torch.addcmul(bias, input, gain)
         return functional.normalize_activation(input, self.activation, mean, std, dim)
 

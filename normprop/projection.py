@@ -83,7 +83,7 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
     weights = {id(layer.weight): layer.weight for layer in layers if isinstance(layer, _NormProp)}
     gains = {id(p): p for layer in layers for p in layer.parameters() if id(p) not in weights}
     rest = {id(p): p for p in model.parameters() if id(p) not in weights and id(p) not in gains}
-    groups = [(weights, 0.0), (gains, gain_decay), (rest, weight_decay)]
+    groups: list[tuple[dict[int, Any], float]] = [(weights, 0.0), (gains, gain_decay), (rest, weight_decay)]
     trained = [([p for p in g.values() if p.requires_grad], decay) for g, decay in groups]
     return [{"params": params, "weight_decay": decay} for params, decay in trained if params]
 

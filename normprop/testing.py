@@ -160,7 +160,8 @@ def assert_accumulation_equals_batch(
     for (name, p), q in zip(whole.named_parameters(), parts.parameters(), strict=True):
         if p.grad is None and q.grad is None:
             continue
-        assert p.grad is not None and q.grad is not None
+        assert p.grad is not None
+        assert q.grad is not None
         limit = _tolerance(p.dtype) if tolerance is None else tolerance
         # Gradients that are 0 but for rounding are measured against the model's largest.
         scale = max(float(p.grad.abs().max()), 1e-3 * largest) or 1.0

@@ -85,12 +85,14 @@ def load(dataset: str) -> ImageData:
     train, test = _split(splits, ("train",), dataset), _split(splits, ("test", "validation"), dataset)
     image_column, label_column = _columns(train, dataset)
     names = _class_names(train, label_column)
-    parts = []
+    parts: list[Tensor] = []
     for label, split in (("train", train), ("test", test)):
         where = f"{name}, split {label}"
         for column in (image_column, label_column):
             if column not in split.column_names:
-                raise InputError(f"{where}: expected a column '{column}', as in train, got {split.column_names}")
+                raise InputError(
+                    f"{where}: expected a column '{column}', as in train, got {split.column_names}"
+                )
         x = _images(split, image_column, where)
         y = _labels(split[label_column], names, where)
         if parts and x.shape[1:] != parts[0].shape[1:]:
@@ -112,7 +114,7 @@ def load(dataset: str) -> ImageData:
             raise InputError(
                 f"{name}, split {label}: image {index} has label {int(y[index])}; expected 0 to {classes - 1}"
             )
-    return ImageData(name, *parts, classes=classes)
+    return ImageData(name, parts[0], parts[1], parts[2], parts[3], classes)
 
 
 def _digits() -> ImageData:
@@ -241,7 +243,10 @@ def _arrays(split: Any, column: str, where: str) -> Iterator[np.ndarray]:
     from PIL import Image
 
     feature = split.features[column]
-    encoded = isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    encoded = isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (
+        "binary",
+        "large_binary",
+    )
     if encoded:
         split = split.cast_column(column, datasets.Image(decode=False))
     mode = None
@@ -255,7 +260,9 @@ def _arrays(split: Any, column: str, where: str) -> Iterator[np.ndarray]:
             except (TypeError, ValueError) as error:
                 raise InputError(f"{where}: image {index} is no array of numbers ({error})") from error
             if array.ndim not in (2, 3):
-                raise InputError(f"{where}: image {index} has shape {array.shape}, expected (H, W) or (C, H, W)")
+                raise InputError(
+                    f"{where}: image {index} has shape {array.shape}, expected (H, W) or (C, H, W)"
+                )
             yield array[None] if array.ndim == 2 else array
             continue
         path = value.get("path")
@@ -269,5 +276,7 @@ def _arrays(split: Any, column: str, where: str) -> Iterator[np.ndarray]:
                 array = np.asarray(image if image.mode == mode else image.convert(mode))
         except (OSError, SyntaxError, ValueError) as error:
             file = f" ({Path(path).name})" if path else ""
-            raise InputError(f"{where}: image {index}{file} cannot be read: {error}; repair or remove it") from error
+            raise InputError(
+                f"{where}: image {index}{file} cannot be read: {error}; repair or remove it"
+            ) from error
         yield array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

@@ -10,7 +10,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import normprop
@@ -56,9 +56,7 @@ class Blocks:
         bias = not (activation and self.norm in ("batch", "group", "layer"))
         return self._wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=bias), out, activation)
 
-    def linear(
-        self, features: int, out: int, *, first: bool = False, activation: bool = True
-    ) -> nn.Module:
+    def linear(self, features: int, out: int, *, first: bool = False, activation: bool = True) -> nn.Module:
         """ReLU(norm(linear)); ``activation=False``: the output layer."""
         if self.norm == "normprop":
             return normprop.NormPropLinear(
@@ -84,9 +82,7 @@ class Blocks:
             return layer
         if self.norm == "weight":
             weight_norm(layer)
-        return nn.Sequential(
-            layer, *self._norm_layers(channels, batch_norm), nn.ReLU(inplace=True)
-        )
+        return nn.Sequential(layer, *self._norm_layers(channels, batch_norm), nn.ReLU(inplace=True))
 
     def _norm_layers(
         self, channels: int, batch_norm: Callable[[int], nn.Module] = nn.BatchNorm2d
@@ -115,7 +111,7 @@ class Blocks:
 class Sum(nn.Module):
     """Plain residual sum."""
 
-    def forward(self, trunk: nn.Module, branch: nn.Module) -> nn.Module:
+    def forward(self, trunk: Tensor, branch: Tensor) -> Tensor:
         return trunk + branch
 
 
@@ -131,7 +127,7 @@ class ResidualBlock(nn.Module):
         self.shortcut = make.conv(channels, out, 1, stride, activation=False) if projection else None
         self.add = make.add(blocks, projection)
 
-    def forward(self, x):  # type: ignore[no-untyped-def]
+    def forward(self, x: Tensor) -> Tensor:
         y = self.activate(x)
         trunk = x if self.shortcut is None else self.shortcut(y)
         return self.add(trunk, self.conv2(self.conv1(y)))

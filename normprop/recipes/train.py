@@ -182,7 +182,9 @@ class _Classifier(pl.LightningModule):
         self.loss_sum += loss.detach()
         self.steps += 1
         if self.steps % 50 == 0 and not torch.isfinite(self.loss_sum):
-            raise _Diverged(f"the loss is no number after {self.steps} steps of epoch {self.current_epoch + 1}")
+            raise _Diverged(
+                f"the loss is no number after {self.steps} steps of epoch {self.current_epoch + 1}"
+            )
         return loss
 
     def on_validation_epoch_start(self) -> None:
@@ -197,6 +199,7 @@ class _Classifier(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         totals = self.all_gather(torch.stack([self.correct, self.seen, self.loss_sum / self.steps]))
+        assert isinstance(totals, Tensor)
         correct, seen, loss = totals.reshape(-1, 3).double().sum(0).tolist()
         if not math.isfinite(loss):
             raise _Diverged(f"the loss is no number in epoch {self.current_epoch + 1}")
@@ -245,7 +248,7 @@ class _Data(pl.LightningDataModule):
         return self._loader(self.data.test_x, self.data.test_y, EVALUATION_BATCH, shuffle=False)
 
 
-def _already_a_batch(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _already_a_batch(batch: Any) -> Any:
     return batch
 
 
@@ -302,7 +305,9 @@ def fit(
     loggers: list[Any] = []
     if out is not None:
         callbacks.append(
-            ModelCheckpoint(out / "checkpoints", "epoch-{epoch}", auto_insert_metric_name=False, save_top_k=1)
+            ModelCheckpoint(
+                out / "checkpoints", "epoch-{epoch}", auto_insert_metric_name=False, save_top_k=1
+            )
         )
         loggers = [CSVLogger(out, "logs"), TensorBoardLogger(out, "logs", log_graph=False)]
     if progress_bar:

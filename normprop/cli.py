@@ -1,0 +1,285 @@
+"""The command line: ``normprop compare | train | moments``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import normprop
+
+# The console script must say what is missing where the extras are not installed.
+try:
+    import typer
+except ImportError:  # pragma: no cover - tests/test_package.py runs it without the extras
+    typer = None  # type: ignore[assignment]
+
+EXTRA = "pip install 'normprop[recipes]'"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: bad usage and bad input are one line on standard error and exit code 2."""
+    if typer is None:
+        _exit(f"the command line needs typer: {EXTRA}")
+    from normprop.recipes import InputError
+
+    try:
+        code = app(args=arguments, prog_name="normprop", standalone_mode=False)
+    except InputError as error:
+        _exit(str(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "normprop":
+            raise
+        _exit(f"this command needs {error.name}: {EXTRA}")
+    except KeyboardInterrupt:
+        _exit("stopped; what was finished is kept", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's usage errors have it, whichever click they use
+            raise
+        if message := error.format_message():
+            _exit(message)
+        sys.exit(2)  # no arguments: the help was shown
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _exit(message: str, code: int = 2) -> None:
+    print(f"normprop: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+if typer is not None:
+    app = typer.Typer(
+        help="Normalization Propagation: normalised hidden layers without batch statistics.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+
+    Dataset = Annotated[
+        str,
+        typer.Option(
+            help="'digits', a folder of parquet files or images, or a name on the Hugging Face Hub."
+        ),
+    ]
+    Model = Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20 or resnet18.")]
+    Rule = Annotated[str, typer.Option(help="NormProp's rule: paper or recommended.")]
+    Width = Annotated[float, typer.Option(help="Factor on the numbers of hidden channels.")]
+    Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
+    LearningRate = Annotated[
+        float | None,
+        typer.Option("--lr", help="Peak learning rate; by default it follows from norm and batch size."),
+    ]
+    DataNorm = Annotated[
+        str,
+        typer.Option(
+            help="global (per pixel, training set), channel, batch (per pixel, input batch) or none."
+        ),
+    ]
+    Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")]
+    Seed = Annotated[int, typer.Option(help="Seed of weights, order and flips.")]
+    Precision = Annotated[str, typer.Option(help="32-true, bf16-mixed, 16-mixed or 64-true.")]
+    Limit = Annotated[int | None, typer.Option("--limit-train-batches", help="Steps an epoch, at most.")]
+    Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+    def _version(show: bool) -> None:
+        if show:
+            print(f"normprop {normprop.__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def moments(
+        activation: Annotated[
+            str, typer.Argument(help="Its name, such as relu; 'all' for the whole table.")
+        ],
+        mean: Annotated[float, typer.Option(help="Mean of the Gaussian input.")] = 0.0,
+        std: Annotated[float, typer.Option(help="Standard deviation of the Gaussian input.")] = 1.0,
+        json: Json = False,
+    ) -> None:
+        """The constants of an activation: mean, std, slope and Jacobian factor under a Gaussian."""
+        from normprop.activations import as_module, is_learned, names
+        from normprop.recipes import InputError
+
+        try:
+            rows = {}
+            for name in names() if activation == "all" else [activation]:
+                values = normprop.moments(name, mean, std)
+                if is_learned(as_module(name)):
+                    values = normprop.Moments(*(value.item() for value in values))
+                rows[name] = values._asdict()
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        if json:
+            _print_json(rows[activation] if activation != "all" else rows)
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        view = Table(title=f"phi(u), u ~ N({mean:g}, {std:g}²)", title_justify="left")
+        view.add_column("activation")
+        for column in normprop.Moments._fields:
+            view.add_column(column, justify="right")
+        for name, row in rows.items():
+            view.add_row(name, *(f"{value + 0.0:.8f}" for value in row.values()))
+        Console().print(view)
+
+    @app.command()
+    def train(
+        dataset: Dataset = "digits",
+        model: Model = "cnn",
+        norm: Annotated[
+            str, typer.Option(help="normprop, batch, group, layer, weight or none.")
+        ] = "normprop",
+        rule: Rule = "recommended",
+        width: Width = 1.0,
+        batch_size: Annotated[int, typer.Option(help="Samples a step, on each device.")] = 128,
+        epochs: Epochs = 10,
+        lr: LearningRate = None,
+        data_norm: DataNorm = "global",
+        flip: Flip = False,
+        seed: Seed = 0,
+        precision: Precision = "32-true",
+        limit_train_batches: Limit = None,
+        devices: Annotated[str, typer.Option(help="How many, or auto.")] = "auto",
+        nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Go on from the last finished epoch in --out.")
+        ] = False,
+        out: Annotated[Path, typer.Option(help="Folder for results, checkpoints and logs.")] = Path(
+            "runs/train"
+        ),
+        json: Json = False,
+    ) -> None:
+        """Train one model; checkpoints after every epoch, --resume goes on after a stop."""
+        import time
+
+        from rich.console import Console
+
+        from normprop.recipes import InputError
+        from normprop.recipes.data import load
+        from normprop.recipes.train import Run, train as fit
+
+        run = Run(
+            model,
+            norm,
+            rule,
+            width,
+            batch_size,
+            epochs,
+            lr,
+            data_norm,
+            flip,
+            seed,
+            precision,
+            limit_train_batches,
+        )
+        if devices != "auto" and not (devices.isdigit() and int(devices) > 0):
+            raise InputError(f"--devices {devices}: expected a number above 0, or auto")
+        if nodes < 1:
+            raise InputError(f"--nodes {nodes}: expected at least 1")
+        console = Console(stderr=json)
+        data = load(dataset)
+        started, first = time.perf_counter(), None
+
+        def report(history: list[dict[str, Any]]) -> None:
+            nonlocal first
+            first = len(history) - 1 if first is None else first
+            last = history[-1]
+            left = (time.perf_counter() - started) / (len(history) - first) * (epochs - len(history))
+            rest = f", about {_duration(left)} left" if len(history) < epochs else ""
+            console.print(
+                f"epoch {last['epoch']}/{epochs}: loss {last['train_loss']:.4f}, test accuracy "
+                f"{100 * last['test_accuracy']:.2f} %, {_duration(last['seconds'])}{rest}"
+            )
+
+        outcome = fit(run, data, out, resume, report, console.is_terminal, devices, nodes)
+        if json:
+            print((out / "results.json").read_text(), end="")
+        elif outcome.status == "ok":
+            console.print(
+                f"test accuracy {100 * outcome.history[-1]['test_accuracy']:.2f} %; {out}/results.json"
+            )
+        if outcome.status != "ok":
+            _exit(f"{outcome.status}: {outcome.reason}", 1)
+
+    @app.command()
+    def compare(
+        dataset: Dataset = "digits",
+        model: Model = "cnn",
+        norms: Annotated[str, typer.Option(help="Separated by commas.")] = "normprop,batch,none",
+        rule: Rule = "recommended",
+        width: Width = 1.0,
+        batch_sizes: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8,128",
+        epochs: Epochs = 10,
+        lr: LearningRate = None,
+        data_norm: DataNorm = "global",
+        flip: Flip = False,
+        seed: Seed = 0,
+        seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 1,
+        precision: Precision = "32-true",
+        limit_train_batches: Limit = None,
+        out: Annotated[Path, typer.Option(help="Folder for results.json and compare.png.")] = Path(
+            "runs/compare"
+        ),
+        json: Json = False,
+    ) -> None:
+        """The same model under several norms and batch sizes: a table, results.json and a figure."""
+        from rich.console import Console
+
+        from normprop.recipes import InputError
+        from normprop.recipes.compare import compare as run_all
+        from normprop.recipes.data import load
+        from normprop.recipes.train import Run
+
+        try:
+            sizes = [int(size) for size in batch_sizes.split(",")]
+        except ValueError as error:
+            raise InputError(
+                f"--batch-sizes {batch_sizes}: expected whole numbers separated by commas"
+            ) from error
+        run = Run(
+            model,
+            "none",
+            rule,
+            width,
+            max(sizes),
+            epochs,
+            lr,
+            data_norm,
+            flip,
+            seed,
+            precision,
+            limit_train_batches,
+        )
+        for size in sizes:
+            if size < 1:
+                raise InputError(f"--batch-sizes {size}: expected at least 1")
+        console = Console(stderr=json)
+        result = run_all(run, load(dataset), norms.split(","), sizes, seeds, out, console)
+        if json:
+            _print_json(result)
+        else:
+            console.print(f"{out}/compare.png, {out}/results.json")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _print_json(value: Any) -> None:
+    from json import dumps
+
+    print(dumps(value, indent=1))
+
+
+if __name__ == "__main__":
+    main()
