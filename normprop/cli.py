@@ -37,9 +37,18 @@ def main(arguments: list[str] | None = None) -> None:
         if not hasattr(error, "format_message"):  # typer's usage errors have it, whichever click they use
             raise
         if message := error.format_message():
-            _exit(message)
+            _exit(message + _value_given(error, sys.argv[1:] if arguments is None else arguments))
         sys.exit(2)  # no arguments: the help was shown
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _value_given(error: Any, arguments: list[str]) -> str:
+    """typer says which option is wrong, not what was typed."""
+    options = getattr(getattr(error, "param", None), "opts", ())
+    for option, value in zip(arguments, arguments[1:], strict=False):
+        if option in options and value not in str(error):
+            return f", got {value}"
+    return ""
 
 
 def _exit(message: str, code: int = 2) -> None:
@@ -119,15 +128,21 @@ if typer is not None:
         if json:
             _print_json(rows[activation] if activation != "all" else rows)
             return
+        from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        view = Table(title=f"phi(u), u ~ N({mean:g}, {std:g}²)", title_justify="left")
-        view.add_column("activation")
+        view = Table(
+            title=f"phi(u), u ~ N({mean:g}, {std:g}²)",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
+        view.add_column("activation", no_wrap=True)
         for column in normprop.Moments._fields:
-            view.add_column(column, justify="right")
+            view.add_column(column, justify="right", no_wrap=True)
         for name, row in rows.items():
-            view.add_row(name, *(f"{value + 0.0:.8f}" for value in row.values()))
+            view.add_row(name, *(f"{round(value, 8) + 0.0:.8f}" for value in row.values()))
         Console().print(view)
 
     @app.command()
@@ -164,7 +179,7 @@ if typer is not None:
 
         from normprop.recipes import InputError
         from normprop.recipes.data import load
-        from normprop.recipes.train import Run, train as fit
+        from normprop.recipes.train import Run, is_first_process, train as fit
 
         run = Run(
             model,
@@ -200,6 +215,8 @@ if typer is not None:
             )
 
         outcome = fit(run, data, out, resume, report, console.is_terminal, devices, nodes)
+        if not is_first_process():
+            return
         if json:
             print((out / "results.json").read_text(), end="")
         elif outcome.status == "ok":

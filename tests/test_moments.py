@@ -254,8 +254,14 @@ def test_the_jacobian_is_never_below_one(name):
 
 @pytest.mark.parametrize(
     ("name", "gamma"),
-    [("relu", 1.713959), ("gelu", 1.701504), ("silu", 1.788129)]
-    + [("tanh", 1.593912), ("elu", 1.271600), ("sigmoid", 4.803835)],
+    [
+        ("relu", 1.713959),
+        ("gelu", 1.701504),
+        ("silu", 1.788129),
+        ("tanh", 1.593912),
+        ("elu", 1.271600),
+        ("sigmoid", 4.803835),
+    ],
 )
 def test_sampled_gammas_of_nfnet_agree(name, gamma):
     # Brock et al. sampled theirs: off by about 1e-3 (2.5e-3 at sigmoid's 4.8).
@@ -264,10 +270,20 @@ def test_sampled_gammas_of_nfnet_agree(name, gamma):
 
 @pytest.mark.parametrize(
     ("same", "phi"),
-    [("relu", F.relu), ("relu", torch.relu), ("relu", nn.ReLU(inplace=True)), ("gelu", nn.GELU())]
-    + [("gelu_tanh", nn.GELU("tanh")), ("gelu_tanh", lambda u: F.gelu(u, approximate="tanh"))]
-    + [("silu", F.silu), ("hardtanh", lambda u: u.clamp(-1, 1)), ("relu", lambda u: u.relu_())]
-    + [("leaky_relu", F.leaky_relu), ("elu", lambda u: F.elu(u)), ("tanh", torch.tanh)],
+    [
+        ("relu", F.relu),
+        ("relu", torch.relu),
+        ("relu", nn.ReLU(inplace=True)),
+        ("gelu", nn.GELU()),
+        ("gelu_tanh", nn.GELU("tanh")),
+        ("gelu_tanh", lambda u: F.gelu(u, approximate="tanh")),
+        ("silu", F.silu),
+        ("hardtanh", lambda u: u.clamp(-1, 1)),
+        ("relu", lambda u: u.relu_()),
+        ("leaky_relu", F.leaky_relu),
+        ("elu", lambda u: F.elu(u)),
+        ("tanh", torch.tanh),
+    ],
     ids=label,
 )
 def test_every_spelling_of_an_activation_has_its_constants(same, phi):
@@ -305,8 +321,6 @@ def test_what_is_no_activation_is_refused(phi, kind, message):
     [
         ({"std": -1.0}, "std must be at least 0, got -1.0"),
         ({"std": math.nan}, "std must be finite, got nan"),
-    ]
-    + [
         ({"std": math.inf}, "std must be finite, got inf"),
         ({"mean": math.nan}, "mean must be finite, got nan"),
     ],

@@ -133,7 +133,7 @@ def _hub_splits(dataset: str) -> dict[str, Any]:
     import datasets
 
     path = Path(dataset).expanduser()
-    expected = "expected 'digits', a folder of parquet files or images, or a name on the Hugging Face Hub"
+    expected = "expected 'digits', a folder of parquet files or images (none of them empty), or a name on the Hugging Face Hub"
     if not path.exists() and (dataset.startswith((".", "/", "~")) or dataset.count("/") > 1):
         raise InputError(f"--dataset {dataset}: no such folder; {expected}")
     if path.is_file():
@@ -148,7 +148,10 @@ def _hub_splits(dataset: str) -> dict[str, Any]:
             _go_offline_if_unreachable()
         loaded = datasets.load_dataset(str(path) if path.exists() else dataset)
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # datasets wraps what went wrong
+            cause = cause.__cause__
+        first_line = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise InputError(f"--dataset {dataset}: {first_line}; {expected}") from error
     return dict(loaded)
 
@@ -184,7 +187,7 @@ def _columns(split: Any, dataset: str) -> tuple[str, str]:
         column = next((name for name in names if name in split.column_names), None)
         if column is None:
             raise InputError(
-                f"--dataset {dataset}: expected an {kind} column called {' or '.join(names)}, got "
+                f"--dataset {dataset}: expected a column of {kind}s called {' or '.join(names)}, got "
                 f"{', '.join(split.column_names)}; rename it"
             )
         found.append(column)

@@ -84,7 +84,7 @@ def output_folder(out: Path) -> Iterator[Path]:
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".write-test"
+        probe = out / f".write-test-{os.getpid()}"
         probe.write_bytes(b"normprop" * 512)
         probe.unlink()
         yield out

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -139,9 +140,10 @@ class _Diverged(Exception):
 class _Classifier(pl.LightningModule):
     """Cross-entropy, SGD with momentum 0.9, one-cycle learning rate; NormProp's rows projected every step."""
 
-    def __init__(self, run: Run, net: nn.Module) -> None:
+    def __init__(self, run: Run, dataset: str, net: nn.Module) -> None:
         super().__init__()
         self.run, self.net = run, net
+        self.identity = asdict(run) | {"dataset": dataset}
         self.history: list[dict[str, Any]] = []
         self.dtype_in = torch.float64 if run.precision == "64-true" else torch.float32
 
@@ -167,13 +169,14 @@ class _Classifier(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
-        # Every epoch's randomness follows from its number, so that a resumed run is the same run.
-        torch.manual_seed((self.run.seed * 10_007 + self.current_epoch) * 1009 + self.global_rank)
         self.started = time.perf_counter()
         self.loss_sum = torch.zeros((), device=self.device)
         self.steps = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        if index == 0:
+            # Every epoch's randomness follows from its number, so that a resumed run is the same run.
+            torch.manual_seed((self.run.seed * 10_007 + self.current_epoch) * 1009 + self.global_rank)
         x, y = batch
         if self.run.flip:
             mirrored = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
@@ -215,7 +218,7 @@ class _Classifier(pl.LightningModule):
             self.log_dict({k: float(v) for k, v in self.history[-1].items() if k != "epoch"})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["normprop"] = {"history": self.history, "run": asdict(self.run)}
+        checkpoint["normprop"] = {"history": self.history, "run": self.identity}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["normprop"]["history"]
@@ -300,7 +303,7 @@ def fit(
     Returns:
         The outcome; a norm that refuses the batch size, or a loss that is no number, is a status.
     """
-    module = _Classifier(run, network(run, data).to(memory_format=torch.channels_last))
+    module = _Classifier(run, data.name, network(run, data).to(memory_format=torch.channels_last))
     callbacks: list[Callback] = [_AfterEpoch(report)]
     loggers: list[Any] = []
     if out is not None:
@@ -362,6 +365,11 @@ class _quiet_lightning:
             logging.getLogger(name).setLevel(level)
 
 
+def is_first_process() -> bool:
+    """Whether this process writes and prints; Lightning starts one a device."""
+    return rank_zero_only.rank == 0
+
+
 def newest_checkpoint(out: Path) -> Path | None:
     """The checkpoint of the last finished epoch; they are only named once whole."""
     found = list(out.glob("checkpoints/epoch-*.ckpt"))
@@ -371,14 +379,13 @@ def newest_checkpoint(out: Path) -> Path | None:
 def _check_resumable(path: Path, run: Run, dataset: str, out: Path) -> None:
     """Refuse a checkpoint of another run, naming the first difference."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=False)["normprop"]
-        before = saved["run"] | {"dataset": saved["dataset"]} if "dataset" in saved else saved["run"]
+        before = torch.load(path, map_location="cpu", weights_only=False)["normprop"]["run"]
     except Exception as error:
         raise InputError(
             f"--resume: {path} is no checkpoint of normprop train ({type(error).__name__}); "
             "delete it, or choose another --out"
         ) from error
-    for name, value in asdict(run).items():
+    for name, value in (asdict(run) | {"dataset": dataset}).items():
         if before.get(name) != value:
             raise InputError(
                 f"--resume: {out} holds a run with {name.replace('_', '-')} {before.get(name)}, this one has "
@@ -421,7 +428,6 @@ def train(
         raise InputError(f"--resume: no checkpoint in {out}; leave --resume out to start")
     if checkpoint is not None:
         _check_resumable(checkpoint, run, data.name, out)
-    first_process = int(os.environ.get("LOCAL_RANK", 0)) == 0
     made_by = environment()
 
     def save(history: list[dict[str, Any]], status: str = "partial", reason: str = "") -> None:
@@ -442,7 +448,7 @@ def train(
 
     with output_folder(out):
         outcome = fit(run, data, after_epoch, out, checkpoint, progress_bar, devices, nodes)
-        if first_process:
+        if is_first_process():
             temporary = out / "model.pt.tmp"
             torch.save(outcome.network.state_dict(), temporary)
             os.replace(temporary, out / "model.pt")
