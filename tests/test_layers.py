@@ -54,6 +54,7 @@ ACTIVATIONS = {
     "lambda": (lambda: lambda u: (u - 0.3).abs(), lambda u: (u - 0.3).abs(), (0.3,)),
     "none": (lambda: None, lambda u: u, ()),
 }
+LEGENDRE = [torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(600)]
 fast = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.filter_too_much]
 )
@@ -99,7 +100,8 @@ def correlate(x, weight, stride, padding, dilation, groups, mode):
     out = 0
     for tap in itertools.product(*map(range, weight.shape[2:])):
         window = [
-            slice(d * k, d * k + s * (n - 1) + 1, s) for d, k, s, n in zip(dilation, tap, stride, size)
+            slice(d * k, d * k + s * (n - 1) + 1, s)
+            for d, k, s, n in zip(dilation, tap, stride, size, strict=True)
         ]
         part = x[(slice(None), slice(None), *window)].unflatten(1, (groups, -1))
         out = out + torch.einsum("ngi...,goi->ngo...", part, w[(..., *tap)])
@@ -159,7 +161,7 @@ def relu_family(a, mean, std):
 
 def gaussian_integral(phi, kinks, mean, std):
     """Mean and variance of phi(u), u ~ N(mean, std^2): 600 Gauss-Legendre nodes between kinks."""
-    x, w = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(600))
+    x, w = LEGENDRE
     first, second = [], []
     for m, s in zip(mean, std.abs(), strict=True):
         at = sorted(((k - m) / s).detach().item() for k in kinks)

@@ -161,7 +161,7 @@ def test_image_folder_and_saved_dataset(tmp_path):
     assert data.train_x[0].tolist() == [[[0.5, 1.5], [2.5, 3.5]]]
     saved["test"] = saved["test"].select([])
     saved.save_to_disk(str(tmp_path / "empty"))
-    with pytest.raises(InputError, match="split test is empty"):
+    with pytest.raises(InputError, match="none of them empty"):
         load(str(tmp_path / "empty"))
 
 

@@ -1,0 +1,244 @@
+"""The promises hold for our layers, and the checks fail for BatchNorm, naming it."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import normprop
+from normprop import NormalizedAdd
+from normprop.testing import (
+    assert_accumulation_equals_batch,
+    assert_batch_independent,
+    assert_train_equals_eval,
+)
+
+
+class Residual(nn.Module):
+    def __init__(self, channels, rule):
+        super().__init__()
+        self.body = normprop.NormPropConv2d(channels, channels, 3, padding=1, activation="gelu", rule=rule)
+        self.add = NormalizedAdd.residual(4)
+
+    def forward(self, x):
+        return self.add(x, self.body(x))
+
+
+def ours(rule=normprop.RECOMMENDED, *more):
+    return nn.Sequential(
+        normprop.NormPropConv2d(3, 8, 3, stride=2, padding=1, rule=rule.at(27, first=True)),
+        Residual(8, rule),
+        normprop.NormPropConvTranspose2d(8, 8, 4, stride=2, padding=1, activation="prelu", rule=rule),
+        normprop.NormalizedActivation("silu", 8, rule),
+        *more,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        normprop.NormPropLinear(8, 5, activation=None, rule=rule),
+    )
+
+
+def batch_norm(size=8):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def some_batch(n=6, size=8, dtype=torch.float32):
+    return torch.randn(n, 3, size, size, dtype=dtype), torch.randint(0, 5, (n,))
+
+
+RULES = [normprop.PAPER, normprop.RECOMMENDED, normprop.NormRule(True, "affine", 1.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES, ids=normprop.modules.rule_name)
+def test_our_layers_keep_every_promise(rule, dtype):
+    model = ours(rule).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("gain", "bias")):
+                p.add_(torch.randn_like(p) * 0.2)
+    before = copy.deepcopy(model.state_dict())
+    for n, size in ((6, 8), (2, 1), (3, 7)):
+        x, y = some_batch(n, size, dtype)
+        assert_batch_independent(model, x)
+        assert_train_equals_eval(model, x)
+        assert_train_equals_eval(model, x[:1])
+        for micro_batch in (1, 2, 4):
+            assert_accumulation_equals_batch(model, x, y, F.cross_entropy, micro_batch)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("random", "name"),
+    [(nn.Dropout(0.5), "4 (Dropout)"), (nn.Dropout2d(0.5), "4 (Dropout2d)"), (nn.RReLU(), "4 (RReLU)")]
+    + [(normprop.BatchDataNorm((8, 8, 8)), "4 (BatchDataNorm)")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_random_by_purpose_is_switched_off_and_said_so(random, name):
+    model, (x, y) = ours(normprop.RECOMMENDED, random), some_batch()
+    for check in (
+        lambda: assert_batch_independent(model, x),
+        lambda: assert_train_equals_eval(model, x),
+        lambda: assert_accumulation_equals_batch(model, x, y, F.cross_entropy),
+    ):
+        with pytest.warns(UserWarning, match="switched off for this check") as caught:
+            check()
+        assert name in str(caught[0].message)
+        assert caught[0].filename == __file__ or "testing" not in caught[0].filename
+    assert random.training
+
+
+def test_randomness_that_nobody_announced_fails():
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x) if self.training else x
+
+    model, (x, _) = ours(normprop.RECOMMENDED, Noise()), some_batch()
+    with pytest.raises(AssertionError, match=r"train\(\) and eval\(\) differ by"):
+        assert_train_equals_eval(model, x)
+    with pytest.raises(AssertionError, match="output depends on the rest of its batch"):
+        assert_batch_independent(model, x)
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (
+            lambda m, x, y: assert_batch_independent(m, x),
+            "sample 0's output depends on the rest of its batch",
+        ),
+        (
+            lambda m, x, y: assert_train_equals_eval(m, x),
+            r"train\(\) and eval\(\) differ by .* of the largest",
+        ),
+        (
+            lambda m, x, y: assert_accumulation_equals_batch(m, x, y, F.cross_entropy, 2),
+            "samples in micro-batches of 2 give a gradient that differs",
+        ),
+    ],
+    ids=["batch", "eval", "accumulation"],
+)
+def test_batch_norm_breaks_every_promise_by_name(check, message):
+    model, (x, y) = batch_norm(), some_batch()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(AssertionError, match=message) as caught:
+        check(model, x, y)
+    assert "batch statistics in 1.0 (BatchNorm2d)" in str(caught.value)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (
+            lambda m, x, y: assert_batch_independent(m, x),
+            "the model fails on sample 0 alone: Expected more than 1",
+        ),
+        (
+            lambda m, x, y: assert_train_equals_eval(m, x[:1]),
+            "the model fails in train mode: Expected more than 1",
+        ),
+        (
+            lambda m, x, y: assert_accumulation_equals_batch(m, x, y, F.cross_entropy),
+            "the model fails on a micro-batch of 1: Expected more than 1",
+        ),
+    ],
+    ids=["batch", "eval", "accumulation"],
+)
+def test_batch_norm_of_a_single_value_raises_and_is_named(check, message):
+    with pytest.raises(AssertionError, match=message) as caught:
+        check(batch_norm(), *some_batch(4, 1))
+    assert "batch statistics in 1.0 (BatchNorm2d)" in str(caught.value)
+
+
+def test_a_changing_buffer_is_told():
+    # Momentum 0 in eval mode's favour: the output is the same, the counter is not.
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return x
+
+    with pytest.raises(AssertionError, match="a forward pass changes the buffers 4.calls"):
+        assert_train_equals_eval(ours(normprop.PAPER, Counter()), some_batch()[0])
+
+
+def test_other_norms_without_batch_statistics_pass():
+    for norm in (nn.GroupNorm(2, 8), nn.InstanceNorm2d(8)):
+        model, (x, y) = (
+            nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            some_batch(),
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_batch_independent(model, x)
+            assert_train_equals_eval(model, x)
+            assert_accumulation_equals_batch(model, x, y, F.cross_entropy)
+
+
+def test_batch_independence_needs_two_samples():
+    with pytest.raises(ValueError, match="x needs at least 2 samples, got 1"):
+        assert_batch_independent(ours(), some_batch(1)[0])
+
+
+def test_a_nan_is_no_promise_kept():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x / (x - x)
+
+    with pytest.raises(AssertionError):
+        assert_batch_independent(Broken(), torch.randn(3, 2))
+
+
+# --- merges -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        NormalizedAdd(),
+        NormalizedAdd((3.0, -1.0, 0.5)),
+        NormalizedAdd.residual(1),
+        NormalizedAdd.residual(16),
+    ],
+)
+def test_an_add_keeps_variance_1(add):
+    y = add(*torch.randn(len(add.weights), 200_000, dtype=torch.float64))
+    square = y.square()
+    assert abs(y.mean()) < 5 * y.std() / len(y) ** 0.5
+    assert abs(square.mean() - 1) < 5 * square.std() / len(y) ** 0.5
+
+
+def test_an_add_is_the_weighted_sum():
+    a, b = torch.randn(2, 5)
+    torch.testing.assert_close(NormalizedAdd((3.0, 4.0))(a, b), 0.6 * a + 0.8 * b)
+    torch.testing.assert_close(NormalizedAdd.residual(4)(a, b), 0.75**0.5 * a + 0.5 * b)
+    assert repr(NormalizedAdd((3.0, 4.0))) == "NormalizedAdd(0.6, 0.8)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NormalizedAdd(()), "weights must be finite and not all zero, got "),
+        (lambda: NormalizedAdd((0.0, 0.0)), "weights must be finite and not all zero"),
+        (lambda: NormalizedAdd((1.0, float("nan"))), "weights must be finite and not all zero"),
+        (lambda: NormalizedAdd.residual(0), "blocks must be at least 1, got 0"),
+        (lambda: NormalizedAdd()(torch.ones(1)), "expected 2 branches, got 1"),
+    ],
+)
+def test_bad_adds_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
