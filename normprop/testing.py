@@ -139,7 +139,7 @@ def assert_accumulation_equals_batch(
         loss: ``loss(output, target)``, the mean over samples, such as ``F.cross_entropy``.
         micro_batch: Samples in a micro-batch.
         tolerance: In place of 1e-5 (float32) or 1e-12 (float64), relative to each parameter's
-            largest gradient.
+            largest gradient (or a tenth of the model's largest, if that is more).
 
     Raises:
         AssertionError: If a parameter's gradients differ, or the model refuses a micro-batch.
@@ -163,8 +163,9 @@ def assert_accumulation_equals_batch(
         assert p.grad is not None
         assert q.grad is not None
         limit = _tolerance(p.dtype) if tolerance is None else tolerance
-        # Gradients that are 0 but for rounding are measured against the model's largest.
-        scale = max(float(p.grad.abs().max()), 1e-3 * largest) or 1.0
+        # Gradients that are 0 but for rounding (a bias before an InstanceNorm) are measured against
+        # the model's largest: in float32 their noise is about 1e-7 of it.
+        scale = max(float(p.grad.abs().max()), 0.1 * largest) or 1.0
         gap = float((p.grad - q.grad).abs().max()) / scale
         if not gap <= limit:
             raise AssertionError(

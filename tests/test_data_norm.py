@@ -222,7 +222,7 @@ def test_batch_norm_of_the_data():
 
 def test_batch_norm_of_the_data_refuses():
     norm = BatchDataNorm((3, 4, 5))
-    with pytest.raises(ValueError, match="cannot train on a batch of 1: .* use normprop.GlobalDataNorm"):
+    with pytest.raises(ValueError, match=r"cannot train on a batch of 1: .* use normprop.GlobalDataNorm"):
         norm(IMAGES[:1])
     with pytest.raises(ValueError, match=re.escape("expected shape (N, 3, 4, 5), got (50, 3, 4)")):
         norm(IMAGES[..., 0])
