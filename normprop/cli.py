@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _value_given(error: Any, arguments: list[str]) -> str:
     """typer says which option is wrong, not what was typed."""
     options = getattr(getattr(error, "param", None), "opts", ())
-    for option, value in zip(arguments, arguments[1:], strict=False):
+    for option, value in itertools.pairwise(arguments):
         if option in options and value not in str(error):
             return f", got {value}"
     return ""
@@ -81,7 +82,7 @@ if typer is not None:
     DataNorm = Annotated[
         str,
         typer.Option(
-            help="global (per pixel, training set), channel, batch (per pixel, input batch) or none."
+            help="channel, global (per pixel, as the paper), batch (per pixel, of the input batch) or none."
         ),
     ]
     Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")]
@@ -155,9 +156,9 @@ if typer is not None:
         rule: Rule = "recommended",
         width: Width = 1.0,
         batch_size: Annotated[int, typer.Option(help="Samples a step, on each device.")] = 128,
-        epochs: Epochs = 10,
+        epochs: Epochs = 20,
         lr: LearningRate = None,
-        data_norm: DataNorm = "global",
+        data_norm: DataNorm = "channel",
         flip: Flip = False,
         seed: Seed = 0,
         precision: Precision = "32-true",
@@ -234,9 +235,9 @@ if typer is not None:
         rule: Rule = "recommended",
         width: Width = 1.0,
         batch_sizes: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8,128",
-        epochs: Epochs = 10,
+        epochs: Epochs = 20,
         lr: LearningRate = None,
-        data_norm: DataNorm = "global",
+        data_norm: DataNorm = "channel",
         flip: Flip = False,
         seed: Seed = 0,
         seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 1,

@@ -9,12 +9,14 @@ costs (docs/method.md, section 4).
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop import activations
@@ -81,69 +83,113 @@ def _fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
     return (1, *range(3, view.ndim)) if transposed else tuple(range(1, view.ndim))
 
 
-def unit_rows(
-    weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1
-) -> tuple[Tensor, Tensor]:
-    r"""The rows and the factor that makes them unit vectors: ``rows * factor``.
+def _center(rows: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
+    """Rows without their mean, and the length below which they are only what rounding left."""
+    mean = rows.mean(dims, keepdim=True)
+    rounding = 16 * torch.finfo(rows.dtype).eps * math.sqrt(rows.numel() // max(1, mean.numel()))
+    return rows - mean, mean.detach().abs() * rounding
 
-    .. math:: \tilde W_i = W_i/\lVert W_i\rVert_2, \qquad
-        \text{centred: } (W_i - \bar W_i)/\lVert W_i - \bar W_i\rVert_2
 
-    Source: Arpit et al. (ICML 2016), the denominators of eqs. 9 and 11. A zero row (a constant one,
-    if centred) has factor 1: it counts as zero, and its gradient is that of a plain weight.
+def _lengths(rows: Tensor, dims: tuple[int, ...], negligible: Tensor | float) -> Tensor:
+    norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
+    return torch.where(norm > negligible, norm, 1.0)
+
+
+class _ScaleRows(torch.autograd.Function):
+    """Rows scaled to lengths ``gain * factor``: one node in the graph, where its parts would be a dozen."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rows: Tensor, gain: Tensor, factor: float, dims: tuple[int, ...], centered: bool
+    ) -> tuple[Tensor, Tensor]:
+        rows, negligible = _center(rows, dims) if centered else (rows, 0.0)
+        norm = _lengths(rows, dims, negligible)
+        return rows * (gain.view(norm.shape) * factor / norm), norm
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        rows, gain, ctx.factor, ctx.dims, ctx.centered = inputs
+        ctx.save_for_backward(rows, gain, output[1])
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None, None]:
+        r"""With w the (centred) row, n its length, l the wanted one:
+        :math:`dl = g \cdot w / n`, :math:`dw = (l/n) (g - w\,(g \cdot w)/n^2)`, centred again.
+        """
+        rows, gain, norm = ctx.saved_tensors
+        dims = ctx.dims
+        negligible: Tensor | float = 0.0
+        if ctx.centered:
+            rows, negligible = _center(rows, dims)
+        if torch.is_grad_enabled():  # a second derivative is wanted: the saved norm has no graph
+            norm = _lengths(rows, dims, negligible)
+        radial = (grad * rows).sum(dims, keepdim=True) * (ctx.factor / norm)
+        scale = gain.view(norm.shape) * (ctx.factor / norm)
+        pull = gain.view(norm.shape) * radial / norm.square()
+        grad_rows = torch.addcmul(grad * scale, rows, pull, value=-1.0)
+        if ctx.centered:
+            grad_rows = grad_rows - grad_rows.mean(dims, keepdim=True)
+        return grad_rows, radial.view(gain.shape), None, None, None
+
+
+def scaled_weight(
+    weight: Tensor,
+    gain: Tensor,
+    factor: float = 1.0,
+    centered: bool = False,
+    transposed: bool = False,
+    groups: int = 1,
+) -> Tensor:
+    r"""``weight`` with row i scaled to length ``gain[i] * factor``.
+
+    .. math:: \ell_i\, W_i/\lVert W_i\rVert_2, \qquad
+        \text{centred: } \ell_i\, (W_i - \bar W_i)/\lVert W_i - \bar W_i\rVert_2
+
+    Source: Arpit et al. (ICML 2016), the denominators of eqs. 9 and 11. The division is done in at
+    least float32. A zero row (a constant one, if centred) counts as length 1: it stays zero, and its
+    gradient is that of a plain weight.
 
     Args:
         weight: Shape ``(out, in/groups, *kernel)``; transposed: ``(in, out/groups, *kernel)``.
+        gain: Shape ``(out,)``; the sign is kept.
+        factor: On every length.
         centered: Remove each row's mean first.
         transposed: Whether the weight is stored as ``nn.ConvTranspose`` stores it.
         groups: Groups of the convolution.
 
     Returns:
-        The rows (:func:`row_view`, at least float32, centred if asked) and the factors, with every
-        dimension that feeds an output unit of size 1.
+        Same shape and dtype as ``weight``.
 
     Example:
-        >>> rows, factor = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-        >>> rows * factor
+        >>> scaled_weight(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([1.0, 1.0]))
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
     rows = row_view(weight, transposed, groups)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     dims = _fan_in_dims(rows, transposed)
-    negligible: Number = 0.0
+    scaled, _ = _ScaleRows.apply(rows, gain.to(rows.dtype), factor, dims, centered)
+    return (scaled.flatten(0, 1) if transposed else scaled).to(weight.dtype)
+
+
+@torch.no_grad()
+def project_(weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1) -> None:
+    """Scale the rows to length 1, in place; zero rows stay. Arguments as :func:`scaled_weight`."""
+    rows = row_view(weight, transposed, groups)
+    if rows.dtype in (torch.float16, torch.bfloat16):
+        wide = rows.float()
+        project_(wide.flatten(0, 1) if transposed else wide, centered, transposed, groups)
+        rows.copy_(wide)
+        return
+    dims = _fan_in_dims(rows, transposed)
+    negligible: Tensor | float = 0.0
     if centered:
-        raw = rows
-        rows = raw - raw.mean(dims, keepdim=True)
-        # What rounding leaves of a constant row is no direction.
-        power = raw.detach().square().sum(dims, keepdim=True)
-        negligible = power * (16 * torch.finfo(rows.dtype).eps) ** 2
-    square = rows.square().sum(dims, keepdim=True)
-    return rows, torch.where(square > negligible, square, 1.0).rsqrt()
-
-
-def scaled_weight(
-    weight: Tensor,
-    length: Tensor,
-    centered: bool = False,
-    transposed: bool = False,
-    groups: int = 1,
-) -> Tensor:
-    """``weight`` with row i scaled to length ``length[i]``, in the weight's own shape and dtype.
-
-    Args:
-        weight: See :func:`unit_rows`.
-        length: Shape ``(out,)``; the sign is kept.
-        centered: See :func:`unit_rows`.
-        transposed: See :func:`unit_rows`.
-        groups: See :func:`unit_rows`.
-
-    Returns:
-        Same shape and dtype as ``weight``.
-    """
-    rows, factor = unit_rows(weight, centered, transposed, groups)
-    scaled = rows * (factor * length.to(rows.dtype).view(factor.shape))
-    return scaled.view(weight.shape).to(weight.dtype)
+        centred, negligible = _center(rows, dims)
+        rows.copy_(centred)
+    rows.div_(_lengths(rows, dims, negligible))
 
 
 def constants(
@@ -194,44 +240,76 @@ def standard_constants(activation: nn.Module | None) -> tuple[float, float] | No
     return result.mean, result.std
 
 
-class _ClampMin(torch.autograd.Function):
-    """``max(y, threshold)``; keeps the output for backward, which the next layer keeps anyway.
+class _Rectify(torch.autograd.Function):
+    """``y`` above the threshold, ``threshold + slope * (y - threshold)`` below; keeps its output alone.
 
-    torch's clamp, threshold and maximum keep their input, one more map a layer.
+    torch's clamp, threshold and maximum keep their input: one more map a layer.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, threshold: Tensor) -> Tensor:
-        return torch.maximum(y, threshold)
+    def forward(y: Tensor, threshold: Tensor | float, slope: float) -> Tensor:
+        if not torch.compiler.is_compiling():
+            # A linear map's output, which nothing else has seen: nobody misses it, nobody kept it.
+            # mark_dirty would say so, but neither vmap nor the compiler takes it.
+            y = y.detach()
+            if slope == 0.0:
+                return y.clamp_min_(threshold)  # type: ignore[arg-type]
+            return F.leaky_relu_(y.sub_(threshold), slope).add_(threshold)
+        if slope == 0.0:
+            return y.clamp_min(threshold)  # type: ignore[arg-type]
+        return F.leaky_relu(y - threshold, slope) + threshold
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(output, inputs[1])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, threshold, ctx.slope = inputs
+        tensor = isinstance(threshold, Tensor)
+        ctx.threshold = None if tensor else threshold
+        ctx.save_for_backward(output, *([threshold] if tensor else []))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        output, threshold = ctx.saved_tensors
-        above = output > threshold
-        grad_threshold = None
-        if ctx.needs_input_grad[1]:
-            grad_threshold = torch.where(above, 0.0, grad).sum_to_size(threshold.shape)
-        return torch.where(above, grad, 0.0), grad_threshold
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        output, *rest = ctx.saved_tensors
+        threshold = rest[0] if rest else ctx.threshold
+        if ctx.slope != 0.0:
+            grad_y = torch.ops.aten.leaky_relu_backward(grad, output - threshold, ctx.slope, False)
+        elif rest:
+            grad_y = torch.ops.aten.threshold_backward(grad, output - threshold, 0.0)
+        else:
+            grad_y = torch.ops.aten.threshold_backward(grad, output, threshold)
+        if not ctx.needs_input_grad[1]:
+            return grad_y, None, None
+        return grad_y, (grad - grad_y).sum_to_size(threshold.shape), None
 
 
-def clamp_min(y: Tensor, threshold: Tensor) -> Tensor:
-    """``max(y, threshold)``, keeping the output alone for backward.
+for _function in (_ScaleRows, _Rectify):
+    # torch reads the signature at every call, which takes longer than the work on a small layer.
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore
+
+
+def rectify(y: Tensor, threshold: Number, slope: float = 0.0) -> Tensor:
+    """``y`` above the threshold, ``threshold + slope * (y - threshold)`` below. Overwrites ``y``.
 
     Args:
-        y: Any shape.
-        threshold: Same dtype as ``y`` (a float32 threshold would turn a bfloat16 map into float32),
-            broadcastable to ``y``.
+        y: Any shape; the output of a linear map that nothing else uses, not a leaf.
+        threshold: A number, or a tensor that is broadcastable to ``y``. It is rounded to ``y``'s dtype:
+            a float32 tensor would turn a bfloat16 map into float32, and a number that is not a
+            bfloat16 would compare wrongly with its own rounding.
+        slope: At most 1; 0 for ReLU.
 
     Returns:
         Shape of ``y``.
     """
-    return _ClampMin.apply(y, threshold)
+    threshold = threshold.to(y.dtype) if isinstance(threshold, Tensor) else _rounded(threshold, y.dtype)
+    return _Rectify.apply(y, threshold, slope)
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    """The nearest number that ``dtype`` holds (but for its range), computed without a tensor."""
+    mantissa, exponent = math.frexp(value)
+    bits = 1 - round(math.log2(torch.finfo(dtype).eps))
+    return math.ldexp(round(math.ldexp(mantissa, bits)), exponent - bits)
 
 
 def along(value: Tensor, like: Tensor, dim: int) -> Tensor:
@@ -277,29 +355,29 @@ def propagate(
         rule: Centring and constants.
         standard: See :func:`constants`.
         dim: Channel dimension of the output, counted from the end: -1 for linear, -3 for conv2d.
-        transposed: See :func:`unit_rows`.
-        groups: See :func:`unit_rows`.
+        transposed: See :func:`scaled_weight`.
+        groups: See :func:`scaled_weight`.
         stretch: Factor on ``W x``: sqrt(prod(stride)) for transposed convolutions.
 
     Returns:
         What ``linear`` returns, normalised.
     """
     mean, std = constants(activation, rule, gain, bias, standard)
-    length = gain.to(torch.promote_types(gain.dtype, torch.float32)) * stretch
     slope = None if activation is None else activations.negative_slope(activation)
     if activation is None or slope is None:
-        scaled = scaled_weight(weight, length, rule.centered, transposed, groups)
-        z = linear(scaled, bias)
+        z = linear(scaled_weight(weight, gain, stretch, rule.centered, transposed, groups), bias)
         return z if activation is None else normalize_activation(z, activation, mean, std, dim)
 
-    scaled = scaled_weight(weight, length / std, rule.centered, transposed, groups)
-    if not isinstance(mean, Tensor) and mean == 0.0:
-        y = linear(scaled, bias if bias is None or std == 1.0 else (bias / std).to(weight.dtype))
-        return activation(y)
-    shift = -mean / std
-    offset = gain.new_full(gain.shape, shift) if not isinstance(shift, Tensor) else shift
-    y = linear(scaled, (offset if bias is None else bias / std + offset).to(weight.dtype))
-    threshold = along(shift, y, dim) if isinstance(shift, Tensor) else y.new_full((), shift)
-    if slope == 0.0:
-        return clamp_min(y, threshold)
-    return torch.maximum(y, slope * y + (1 - slope) * threshold)
+    if isinstance(mean, Tensor) or isinstance(std, Tensor):
+        shift = torch.as_tensor(-mean / std)
+        scaled = scaled_weight(weight, gain / std, stretch, rule.centered, transposed, groups)
+        offset = shift if bias is None else bias / std + shift
+        y = linear(scaled, offset.to(weight.dtype))
+        return rectify(y, shift.view(-1, *[1] * (-dim - 1)), slope)
+    scaled = scaled_weight(weight, gain, stretch / std, rule.centered, transposed, groups)
+    low = -mean / std
+    if bias is not None:
+        bias = torch.rsub(bias, low, alpha=-1 / std)  # low + bias / std, in one operation
+    elif low != 0.0:
+        bias = gain.new_full(gain.shape, low)
+    return rectify(linear(scaled, bias), low, slope)

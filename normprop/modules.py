@@ -68,16 +68,9 @@ class _NormProp(nn.Module):
             if self.bias is not None:
                 nn.init.zeros_(self.bias)
 
-    @torch.no_grad()
     def project_(self) -> None:
         """Put the weight rows back on the unit sphere, in place; the layer's function stays."""
-        ones = torch.ones_like(self.gain)
-        self.weight.copy_(self._scaled(ones))
-
-    def _scaled(self, length: Tensor) -> Tensor:
-        return functional.scaled_weight(
-            self.weight, length, self.rule.centered, self.transposed, self.groups
-        )
+        functional.project_(self.weight, self.rule.centered, self.transposed, self.groups)
 
     def _propagate(self, linear: Any) -> Tensor:
         return functional.propagate(
@@ -114,7 +107,8 @@ class _NormProp(nn.Module):
         arguments = self._parent_arguments()
         has_bias = self.bias is not None or shift != 0.0
         layer = self._parent(**arguments, bias=has_bias, device=self.weight.device, dtype=self.weight.dtype)
-        layer.weight.copy_(self._scaled(self.gain * (self.stretch / scale)))
+        row = (self.rule.centered, self.transposed, self.groups)
+        layer.weight.copy_(functional.scaled_weight(self.weight, self.gain, self.stretch / scale, *row))
         if has_bias:
             bias = torch.zeros_like(self.gain) if self.bias is None else self.bias
             layer.bias.copy_(bias / scale - shift)

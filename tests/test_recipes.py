@@ -237,7 +237,7 @@ def run_cli(arguments, capsys, code=2):
         (["train", "--norm", "instance"], "--norm instance: expected one of normprop"),
         (["train", "--model", "vgg"], "--model vgg: expected one of mlp"),
         (["train", "--rule", "best"], "--rule best: expected one of paper, recommended"),
-        (["train", "--data-norm", "white"], "--data-norm white: expected one of global"),
+        (["train", "--data-norm", "white"], "--data-norm white: expected one of channel"),
         (["train", "--data-norm", "batch", "--batch-size", "1"], "use --data-norm global"),
         (["train", "--precision", "8"], "--precision 8: expected one of 32-true"),
         (["train", "--seed", "-1"], "--seed -1: expected at least 0"),

@@ -133,7 +133,10 @@ def _hub_splits(dataset: str) -> dict[str, Any]:
     import datasets
 
     path = Path(dataset).expanduser()
-    expected = "expected 'digits', a folder of parquet files or images (none of them empty), or a name on the Hugging Face Hub"
+    expected = (
+        "expected 'digits', a folder of parquet files or images (none of them empty), or a name on the "
+        "Hugging Face Hub"
+    )
     if not path.exists() and (dataset.startswith((".", "/", "~")) or dataset.count("/") > 1):
         raise InputError(f"--dataset {dataset}: no such folder; {expected}")
     if path.is_file():
