@@ -13,7 +13,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,25 @@ def _center(rows: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float
 def _lengths(rows: Tensor, dims: tuple[int, ...], negligible: Tensor | float) -> Tensor:
     norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
     return torch.where(norm > negligible, norm, 1.0)
+
+
+class _Positional(inspect.Signature):
+    """``bind`` for calls with all arguments in their place.
+
+    ``autograd.Function.apply`` reads and binds forward's signature at every call, which takes longer
+    than the work on a small layer.
+    """
+
+    def bind(self, *args: Any, **_: Any) -> Any:
+        return _Bound(args)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - never filled
+
+    def apply_defaults(self) -> None:
+        pass
 
 
 class _ScaleRows(torch.autograd.Function):
@@ -284,8 +303,7 @@ class _Rectify(torch.autograd.Function):
 
 
 for _function in (_ScaleRows, _Rectify):
-    # torch reads the signature at every call, which takes longer than the work on a small layer.
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore
+    _function.forward.__signature__ = _Positional()  # type: ignore
 
 
 def rectify(y: Tensor, threshold: Number, slope: float = 0.0) -> Tensor:
