@@ -13,7 +13,7 @@ Read in this order:
     recipes, cli  users of the above (extra: pip install 'normprop[recipes]')
 """
 
-from normprop import testing as testing
+from normprop import functional as functional, testing as testing
 from normprop.activations import Moments as Moments, moments as moments
 from normprop.data_norm import BatchDataNorm as BatchDataNorm, GlobalDataNorm as GlobalDataNorm
 from normprop.functional import (

@@ -1,4 +1,4 @@
-"""The command line: ``normprop compare | train | moments``."""
+"""The command line: ``normprop compare | train | bench | moments``."""
 
 from __future__ import annotations
 
@@ -256,12 +256,7 @@ if typer is not None:
         from normprop.recipes.data import load
         from normprop.recipes.train import Run
 
-        try:
-            sizes = [int(size) for size in batch_sizes.split(",")]
-        except ValueError as error:
-            raise InputError(
-                f"--batch-sizes {batch_sizes}: expected whole numbers separated by commas"
-            ) from error
+        sizes = _numbers("--batch-sizes", batch_sizes)
         run = Run(
             model,
             "none",
@@ -285,6 +280,64 @@ if typer is not None:
             _print_json(result)
         else:
             console.print(f"{out}/compare.png, {out}/results.json")
+
+    @app.command()
+    def bench(
+        model: Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20 or resnet18.")] = "nin",
+        width: Width = 1.0,
+        norms: Annotated[
+            str, typer.Option(help="Separated by commas; none is always there.")
+        ] = "normprop,batch",
+        batch_sizes: Annotated[str, typer.Option(help="Separated by commas.")] = "1,8,128",
+        precisions: Annotated[str, typer.Option(help="fp32, bf16, separated by commas.")] = "fp32,bf16",
+        rules: Annotated[
+            str, typer.Option(help="paper, recommended, separated by commas.")
+        ] = "recommended",
+        modes: Annotated[str, typer.Option(help="eager, compiled, separated by commas.")] = "eager",
+        layout: Annotated[str, typer.Option(help="channels_last or contiguous.")] = "channels_last",
+        image: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
+        rounds: Annotated[int, typer.Option(help="Timed rounds a case.")] = 20,
+        device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+        out: Annotated[Path, typer.Option(help="Folder for bench.json and bench.png.")] = Path(
+            "runs/bench"
+        ),
+        json: Json = False,
+    ) -> None:
+        """Time and memory of a training step as a ratio to no normalisation, contenders interleaved."""
+        from rich.console import Console
+
+        from normprop.recipes import InputError
+        from normprop.recipes.bench import Case, bench as run_all
+        from normprop.recipes.models import NORMS
+
+        for norm in norms.split(","):
+            if norm not in NORMS:
+                raise InputError(f"--norms {norm}: expected some of {', '.join(NORMS)}")
+        for mode in modes.split(","):
+            if mode not in ("eager", "compiled"):
+                raise InputError(f"--modes {mode}: expected eager, compiled or both")
+        cases = [
+            Case(model, width, size, precision, mode == "compiled", layout, rule, image)
+            for mode in modes.split(",")
+            for rule in rules.split(",")
+            for precision in precisions.split(",")
+            for size in _numbers("--batch-sizes", batch_sizes)
+        ]
+        console = Console(stderr=json)
+        result = run_all(cases, norms.split(","), rounds, device, out, console)
+        if json:
+            _print_json(result)
+        else:
+            console.print(f"{out}/bench.png, {out}/bench.json")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from normprop.recipes import InputError
+
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text}: expected whole numbers separated by commas") from error
 
 
 def _duration(seconds: float) -> str:

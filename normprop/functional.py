@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -344,6 +345,54 @@ def normalize_activation(u: Tensor, activation: nn.Module, mean: Number, std: Nu
     return (y - shift) / scale
 
 
+_plain = False
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Within it, layers compute by :func:`definition`: the truth that fast paths are held against."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def definition(
+    linear: Callable[[Tensor, Tensor | None], Tensor],
+    weight: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    activation: nn.Module | None,
+    rule: NormRule,
+    standard: tuple[float, float] | None,
+    dim: int,
+    transposed: bool = False,
+    groups: int = 1,
+    stretch: float = 1.0,
+) -> Tensor:
+    """:func:`propagate`, written as the formula reads: slow, and obvious."""
+    rows = row_view(weight, transposed, groups)
+    dims = _fan_in_dims(rows, transposed)
+    if rule.centered:
+        rows = rows - rows.mean(dims, keepdim=True)
+    square = rows.square().sum(dims, keepdim=True)
+    unit = rows / torch.where(square > 0, square, 1.0).sqrt()
+    z = linear(unit.reshape(weight.shape), None) * stretch
+    along_channels = (-1, *[1] * (-dim - 1))
+    z = z * gain.view(along_channels)
+    if bias is not None:
+        z = z + bias.view(along_channels)
+    if activation is None:
+        return z
+    mean, std = (
+        c.view(along_channels) if isinstance(c, Tensor) else c
+        for c in constants(activation, rule, gain, bias, standard)
+    )
+    return (activation(z) - mean) / std
+
+
 def propagate(
     linear: Callable[[Tensor, Tensor | None], Tensor],
     weight: Tensor,
@@ -380,6 +429,10 @@ def propagate(
     Returns:
         What ``linear`` returns, normalised.
     """
+    if _plain:
+        return definition(
+            linear, weight, gain, bias, activation, rule, standard, dim, transposed, groups, stretch
+        )
     mean, std = constants(activation, rule, gain, bias, standard)
     slope = None if activation is None else activations.negative_slope(activation)
     if activation is None or slope is None:

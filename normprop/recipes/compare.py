@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -64,7 +65,12 @@ def compare(
     ]
     network(runs[0], data)  # refuse what cannot be built before anything is written
     shared = {k: v for k, v in asdict(run).items() if k not in ("norm", "batch_size", "seed")}
-    shared |= {"dataset": data.name, "norms": list(norms), "batch_sizes": list(batch_sizes)}
+    shared |= {
+        "dataset": data.name,
+        "test_images": len(data.test_y),
+        "norms": list(norms),
+        "batch_sizes": list(batch_sizes),
+    }
     shared |= {"seeds": [run.seed + seed for seed in range(seeds)]}
     rows = _rows_so_far(out, shared)
     result = {"rows": rows, "status": "partial", "run": shared, **environment()}
@@ -148,7 +154,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
         if row["std"] is not None:
             accuracy += f" ± {100 * row['std']:.1f}"
         seconds = "-" if row["seconds_per_epoch"] is None else f"{row['seconds_per_epoch']:.2f}"
-        remark = "" if row["status"] == "ok" else f"{row['status']}: {row['reason'].split(';')[0]}"
+        remark = "" if row["status"] == "ok" else f"{row['status']}: {row['reason']}"
         if last is not None and last != row["batch_size"]:
             view.add_section()
         last = row["batch_size"]
@@ -227,8 +233,20 @@ COLORS = {
 }
 
 
+def _error(row: Row, test_images: int) -> float:
+    """Standard deviation over the seeds; for one seed the standard error that the test set's size leaves."""
+    if row["std"] is not None:
+        return float(row["std"])
+    return math.sqrt(row["mean"] * (1 - row["mean"]) / test_images)
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Test accuracy and seconds an epoch against batch size, a line a norm; what cannot train is named."""
+    """Test accuracy and seconds an epoch against batch size, a line a norm; what cannot train is named.
+
+    Args:
+        result: What :func:`compare` returns.
+        path: The PNG file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -244,9 +262,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
         ok = sorted((r for r in mine if r["mean"] is not None), key=lambda r: r["batch_size"])
         style = {"marker": "o", "color": COLORS[norm], "label": norm, "linewidth": 2}
         at = [row["batch_size"] for row in ok]
-        errors = [100 * (row["std"] or 0.0) for row in ok]
+        errors = [100 * _error(row, run["test_images"]) for row in ok]
         left.errorbar(at, [100 * row["mean"] for row in ok], yerr=errors, capsize=3, **style)
         right.plot(at, [row["seconds_per_epoch"] for row in ok], **style)
+    bottom, top = left.get_ylim()
+    left.set_ylim(min(bottom, top - 10), top)  # a point more or less is not a gulf
     low = left.get_ylim()[0]
     failed = [row for row in rows if row["mean"] is None]
     for height, row in enumerate(failed):
@@ -269,8 +289,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
     right.set_yscale("log")
     right.legend(frameon=False)
     seeds = len(run["seeds"])
+    bars = (
+        "bars: standard deviation"
+        if seeds > 1
+        else f"bars: standard error of {run['test_images']} test images"
+    )
+    plural = "s" if seeds > 1 else ""
     figure.suptitle(
-        f"{run['model']} on {run['dataset']}, {run['epochs']} epochs, {seeds} seed{'s' if seeds > 1 else ''}",
+        f"{run['model']} on {run['dataset']}, {run['epochs']} epochs, {seeds} seed{plural} ({bars})",
         fontsize=11,
     )
     temporary = path.with_name("." + path.name)

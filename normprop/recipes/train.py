@@ -344,7 +344,7 @@ def fit(
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            status, reason = "cannot train", f"{error} (BatchNorm at batch size {run.batch_size})"
+            status, reason = "cannot train", "BatchNorm saw one value a channel (a batch of 1)"
         else:
             if trainer.interrupted:
                 raise KeyboardInterrupt

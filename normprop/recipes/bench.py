@@ -1,0 +1,324 @@
+"""Timing that can be trusted: contenders interleaved round by round, paired ratios, results checked first.
+
+Round after round every contender takes one training step on the same batch (A B C A B C ...), so that
+drift of a shared machine hits all alike; what is reported is the median, over rounds, of each
+contender's time divided by that of ``none`` in the same round. The optimizer step, NormProp's
+projection included, is inside the timed step and shown apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import normprop
+from normprop.recipes import InputError
+from normprop.recipes.models import build
+from normprop.recipes.results import environment, output_folder, write_json
+from normprop.recipes.train import RULES
+
+Row = dict[str, Any]
+PHASES = ("forward", "backward", "optimizer")
+# Largest relative error of outputs and of gradients against float64, by what the network computes in.
+TOLERANCE = {"fp32": 1e-3, "bf16": 2e-1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark: a model, a batch and how it is run.
+
+    Attributes:
+        model: One of ``MODELS``.
+        width: Factor on the hidden channels.
+        batch_size: Samples a step.
+        precision: ``"fp32"``, or ``"bf16"`` for autocast.
+        compiled: Through ``torch.compile``.
+        layout: ``"channels_last"`` or ``"contiguous"``.
+        rule: NormProp's: ``"paper"`` or ``"recommended"``.
+        image: Height and width of the images, three channels.
+        classes: Outputs.
+    """
+
+    model: str = "nin"
+    width: float = 1.0
+    batch_size: int = 128
+    precision: str = "fp32"
+    compiled: bool = False
+    layout: str = "channels_last"
+    rule: str = "recommended"
+    image: int = 32
+    classes: int = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("precision", tuple(TOLERANCE)),
+            ("layout", ("channels_last", "contiguous")),
+            ("rule", tuple(RULES)),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"--{name} {getattr(self, name)}: expected one of {', '.join(known)}")
+        if self.batch_size < 1:
+            raise InputError(f"--batch-sizes {self.batch_size}: expected at least 1")
+
+
+class _Contender:
+    """One network with its optimizer, ready to step."""
+
+    def __init__(self, norm: str, case: Case, device: torch.device) -> None:
+        torch.manual_seed(0)
+        shape = (3, case.image, case.image)
+        self.norm, self.case, self.device = norm, case, device
+        net = build(case.model, shape, case.classes, norm, RULES[case.rule], case.width).to(device)
+        self.exact = copy.deepcopy(net).double()
+        self.layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+        self.net = net.to(memory_format=self.layout)
+        self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
+        if norm == "normprop":
+            normprop.attach_projection(self.optimizer, net)
+        self.run: nn.Module | Any = torch.compile(self.net) if case.compiled else self.net
+
+    def loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.precision == "bf16"):
+            output = self.run(x)
+        return F.cross_entropy(output.float(), y), output
+
+    def step(self, x: Tensor, y: Tensor) -> list[float]:
+        """Seconds of forward, backward and optimizer step."""
+        times = [_now(self.device)]
+        loss, _ = self.loss(x, y)
+        times.append(_now(self.device))
+        loss.backward()
+        times.append(_now(self.device))
+        self.optimizer.step()
+        times.append(_now(self.device))
+        self.optimizer.zero_grad()
+        return [b - a for a, b in itertools.pairwise(times)]
+
+    def error(self, x: Tensor, y: Tensor) -> float:
+        """Largest relative error of the outputs and of the gradient against float64 in plain torch."""
+        loss, output = self.loss(x, y)
+        loss.backward()
+        with normprop.functional.plainly():
+            true = self.exact(x.double())
+            F.cross_entropy(true, y).backward()
+        pairs = [(output.detach().double(), true.detach())]
+        pairs += [
+            (p.grad.double(), q.grad)
+            for p, q in zip(self.net.parameters(), self.exact.parameters(), strict=True)
+            if p.grad is not None and q.grad is not None
+        ]
+        self.optimizer.zero_grad()
+        outputs = float((pairs[0][0] - pairs[0][1]).norm() / pairs[0][1].norm())
+        # The gradient as one vector: single biases may be all rounding.
+        wrong = sum(float((a - b).square().sum()) for a, b in pairs[1:])
+        size = sum(float(b.square().sum()) for _, b in pairs[1:])
+        return max(outputs, (wrong / size) ** 0.5)
+
+    def memory(self, x: Tensor, y: Tensor) -> int:
+        """Bytes kept for backward; of parameters and what has a parameter's size nothing is counted.
+
+        On CUDA the allocator's peak of a whole step instead.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.step(x, y)
+            return torch.cuda.max_memory_allocated() - sum(p.nbytes for p in self.exact.parameters())
+        sizes = {p.numel() for p in self.net.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.numel() not in sizes:
+                storage = tensor.untyped_storage()
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = self.loss(x, y)
+        kept.pop(x.untyped_storage().data_ptr(), None)
+        del loss
+        return sum(kept.values())
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(
+    case: Case, norms: Sequence[str], rounds: int, device: str, advance: Callable[[], None] = lambda: None
+) -> list[Row]:
+    """One case: a row a norm, ``none`` first.
+
+    Args:
+        case: What to run.
+        norms: Contenders; ``"none"`` is added.
+        rounds: Timed rounds.
+        device: ``"cpu"`` or ``"cuda"``.
+        advance: Called after every round.
+
+    Returns:
+        Rows with ``ms`` (medians of the step and its phases), ``ratio`` (median, quartiles of the
+        paired ratios to ``none``), ``bytes`` and their ratio, ``error`` and ``status``.
+    """
+    norms = ["none", *(norm for norm in norms if norm != "none")]
+    where = torch.device(device)
+    torch.manual_seed(1)
+    x = torch.randn(case.batch_size, 3, case.image, case.image, device=where)
+    y = torch.randint(case.classes, (case.batch_size,), device=where)
+    rows: dict[str, Row] = {}
+    contenders: dict[str, _Contender] = {}
+    for norm in norms:
+        contender = _Contender(norm, case, where)
+        row: Row = asdict(case) | {"norm": norm, "status": "ok", "rounds": rounds, "device_type": device}
+        rows[norm] = row
+        batch = x.to(memory_format=contender.layout)
+        try:
+            row["error"] = contender.error(batch, y)
+        except ValueError as error:
+            row["status"] = f"cannot train: {error}"
+            continue
+        if not row["error"] <= TOLERANCE[case.precision]:
+            row["status"] = f"wrong: relative error {row['error']:.2g} against float64"
+            continue
+        row["bytes"] = contender.memory(batch, y)
+        for _ in range(3):
+            contender.step(batch, y)
+        contenders[norm] = contender
+    x = x.to(
+        memory_format=torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
+    )
+    times: dict[str, list[list[float]]] = {norm: [] for norm in contenders}
+    for _ in range(rounds):
+        for norm, contender in contenders.items():
+            times[norm].append(contender.step(x, y))
+        advance()
+    plain = [sum(t) for t in times["none"]]
+    for norm, phases in times.items():
+        total = [sum(t) for t in phases]
+        ratios = sorted(a / b for a, b in zip(total, plain, strict=True))
+        medians = [1000 * statistics.median(column) for column in zip(*phases, strict=True)]
+        rows[norm] |= {
+            "ms": {"step": 1000 * statistics.median(total), **dict(zip(PHASES, medians, strict=True))},
+            "ratio": statistics.median(ratios),
+            "quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+            "bytes_ratio": rows[norm]["bytes"] / rows["none"]["bytes"],
+        }
+    return list(rows.values())
+
+
+def bench(
+    cases: Sequence[Case], norms: Sequence[str], rounds: int, device: str, out: Path, console: Console
+) -> dict[str, Any]:
+    """Measure all cases; ``bench.json`` after every case, ``bench.png`` at the end.
+
+    Args:
+        cases: What to run.
+        norms: Contenders; ``"none"`` is added.
+        rounds: Timed rounds a case.
+        device: ``"cpu"`` or ``"cuda"``.
+        out: Folder.
+        console: Where progress and table are shown.
+
+    Returns:
+        ``{"rows": [...], versions, device, threads, commit}``.
+
+    Raises:
+        InputError: If there is no such device, or ``rounds`` is below 1.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if rounds < 1:
+        raise InputError(f"--rounds {rounds}: expected at least 1")
+    rows: list[Row] = []
+    result = {"rows": rows, **environment()}
+    with output_folder(out), Progress(console=console) as progress:
+        task = progress.add_task("bench", total=len(cases) * rounds)
+        for case in cases:
+            rows += measure(case, norms, rounds, device, lambda: progress.advance(task))
+            write_json(out / "bench.json", result)
+            torch.compiler.reset()
+        plot(result, out / "bench.png")
+    console.print(table(rows))
+    return result
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Ratios to ``none`` as people read them."""
+    view = Table()
+    for column, justify in (("case", "left"), ("norm", "left"), ("ms", "right"), ("time", "right")):
+        view.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for column in ("quartiles", *PHASES, "bytes"):
+        view.add_column(column, justify="right")
+    for row in rows:
+        name = f"{row['model']} x{row['width']:g} {row['precision']} b{row['batch_size']} {row['rule']}"
+        name += " compiled" * row["compiled"] + " contiguous" * (row["layout"] == "contiguous")
+        if row["status"] != "ok":
+            view.add_row(name, row["norm"], row["status"])
+            continue
+        low, high = row["quartiles"]
+        phases = [f"{row['ms'][phase]:.2f}" for phase in PHASES]
+        view.add_row(
+            name if row["norm"] == "none" else "",
+            row["norm"],
+            f"{row['ms']['step']:.2f}",
+            f"{row['ratio']:.3f}",
+            f"{low:.3f}-{high:.3f}",
+            *phases,
+            f"{row['bytes_ratio']:.3f}",
+        )
+    return view
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Time of a step, as a ratio to ``none``, against batch size: a panel a setting, a line a norm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from normprop.recipes.compare import COLORS
+
+    panels: dict[str, list[Row]] = {}
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            mode = "compiled" if row["compiled"] else "eager"
+            key = f"{row['model']} x{row['width']:g}, {row['precision']}, {mode}, {row['rule']}"
+            panels.setdefault(key, []).append(row)
+    columns = min(3, max(1, len(panels)))
+    lines = max(1, -(-len(panels) // columns))
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.2 * lines), layout="constrained", squeeze=False
+    )
+    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
+        for norm in dict.fromkeys(row["norm"] for row in rows):
+            mine = sorted((r for r in rows if r["norm"] == norm), key=lambda r: r["batch_size"])
+            at, middle = [r["batch_size"] for r in mine], [r["ratio"] for r in mine]
+            axis.plot(at, middle, marker="o", color=COLORS[norm], label=norm, linewidth=2)
+            low, high = zip(*(r["quartiles"] for r in mine), strict=True)
+            axis.fill_between(at, low, high, color=COLORS[norm], alpha=0.15)
+        sizes = sorted({row["batch_size"] for row in rows})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("batch size")
+        axis.set_ylabel("time of a step / none")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes.flat[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

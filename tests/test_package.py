@@ -1,0 +1,99 @@
+"""What a user installs: a wheel that works without the extras, and a README that runs."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+
+import normprop
+
+ROOT = Path(normprop.__file__).parent.parent
+
+WITHOUT_EXTRAS = """
+import sys
+for name in ("typer", "rich", "pytorch_lightning", "datasets", "sklearn", "matplotlib", "tensorboard", "PIL"):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import normprop, torch
+from pathlib import Path
+assert Path(normprop.__file__).is_relative_to(sys.argv[1]), normprop.__file__
+assert (Path(normprop.__file__).parent / "py.typed").exists()
+layer = normprop.NormPropConv2d(3, 4, 3, activation="gelu")
+assert layer(torch.zeros(1, 3, 5, 5)).shape == (1, 4, 3, 3)
+from normprop.cli import main
+main(["moments", "relu"])
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", folder, ROOT], check=True, timeout=120)
+    (built,) = folder.glob("normprop-*.whl")
+    target = folder / "elsewhere"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, built]
+    subprocess.run(command, check=True, timeout=120)
+    return target
+
+
+def test_the_wheel_works_elsewhere_without_the_extras(wheel, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS, wheel],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(wheel), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr == "normprop: the command line needs typer: pip install 'normprop[recipes]'\n"
+
+
+def test_a_command_says_which_extra_it_needs(monkeypatch, capsys):
+    from normprop.cli import main
+
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", None)
+    for name in list(sys.modules):
+        if name.startswith("normprop.recipes."):
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stop:
+        main(["train"])
+    assert stop.value.code == 2
+    expected = "normprop: this command needs pytorch_lightning: pip install 'normprop[recipes]'\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_version(capsys):
+    from normprop.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"normprop {normprop.__version__}\n"
+    assert f"version: {normprop.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_readmes_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    space = {"train_loader": [(torch.randn(4, 3, 32, 32), torch.zeros(4))]}
+    exec(code, space)
+    loss = space["model"](torch.randn(2, 3, 32, 32)).square().mean()
+    loss.backward()
+    space["optimizer"].step()
+    rows = space["model"][1].weight.detach().flatten(1)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(64))
+
+
+def test_what_the_package_needs_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert sorted(re.split("[>=]", d)[0] for d in project["dependencies"]) == ["numpy", "torch"]
+
+
+def test_everything_public_is_documented():
+    for name, value in vars(normprop).items():
+        if not name.startswith("_") and callable(value):
+            assert value.__doc__, name
