@@ -200,7 +200,7 @@ if typer is not None:
             raise InputError(f"--devices {devices}: expected a number above 0, or auto")
         if nodes < 1:
             raise InputError(f"--nodes {nodes}: expected at least 1")
-        console = Console(stderr=json)
+        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
         data = load(dataset)
         started, first = time.perf_counter(), None
 
@@ -274,7 +274,7 @@ if typer is not None:
         for size in sizes:
             if size < 1:
                 raise InputError(f"--batch-sizes {size}: expected at least 1")
-        console = Console(stderr=json)
+        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
         result = run_all(run, load(dataset), norms.split(","), sizes, seeds, out, console)
         if json:
             _print_json(result)
@@ -323,7 +323,7 @@ if typer is not None:
             for precision in precisions.split(",")
             for size in _numbers("--batch-sizes", batch_sizes)
         ]
-        console = Console(stderr=json)
+        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
         result = run_all(cases, norms.split(","), rounds, device, out, console)
         if json:
             _print_json(result)

@@ -87,8 +87,13 @@ def _fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
 def _center(rows: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
     """Rows without their mean, and the length below which they are only what rounding left."""
     mean = rows.mean(dims, keepdim=True)
-    rounding = 16 * torch.finfo(rows.dtype).eps * math.sqrt(rows.numel() // max(1, mean.numel()))
-    return rows - mean, mean.detach().abs() * rounding
+    return rows - mean, _rounding(rows, mean)
+
+
+def _rounding(rows: Tensor, mean: Tensor) -> Tensor:
+    """The length that rounding may leave of constant rows from which their mean is subtracted."""
+    fan_in = rows.numel() // max(1, mean.numel())
+    return mean.detach().abs() * (16 * torch.finfo(rows.dtype).eps * math.sqrt(fan_in))
 
 
 def _lengths(rows: Tensor, dims: tuple[int, ...], negligible: Tensor | float) -> Tensor:
@@ -197,7 +202,7 @@ def scaled_weight(
 
 @torch.no_grad()
 def project_(weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1) -> None:
-    """Scale the rows to length 1, in place; zero rows stay. Arguments as :func:`scaled_weight`."""
+    """Scale the rows to length 1, in place; zero rows (constant ones, if centred) become zero. Arguments as :func:`scaled_weight`."""
     rows = row_view(weight, transposed, groups)
     if rows.dtype in (torch.float16, torch.bfloat16):
         wide = rows.float()
@@ -207,9 +212,11 @@ def project_(weight: Tensor, centered: bool = False, transposed: bool = False, g
     dims = _fan_in_dims(rows, transposed)
     negligible: Tensor | float = 0.0
     if centered:
-        centred, negligible = _center(rows, dims)
-        rows.copy_(centred)
-    rows.div_(_lengths(rows, dims, negligible))
+        mean = rows.mean(dims, keepdim=True)
+        negligible = _rounding(rows, mean)
+        rows.sub_(mean)
+    norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
+    rows.mul_(torch.where(norm > negligible, norm.reciprocal(), 0.0))
 
 
 def constants(
