@@ -202,7 +202,10 @@ def scaled_weight(
 
 @torch.no_grad()
 def project_(weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1) -> None:
-    """Scale the rows to length 1, in place; zero rows (constant ones, if centred) become zero. Arguments as :func:`scaled_weight`."""
+    """Scale the rows to length 1, in place; zero rows (constant ones, if centred) become 0.
+
+    Arguments as :func:`scaled_weight`.
+    """
     rows = row_view(weight, transposed, groups)
     if rows.dtype in (torch.float16, torch.bfloat16):
         wide = rows.float()
@@ -345,6 +348,10 @@ def along(value: Tensor, like: Tensor, dim: int) -> Tensor:
 
 def normalize_activation(u: Tensor, activation: nn.Module, mean: Number, std: Number, dim: int) -> Tensor:
     """``(phi(u) - mean) / std``, the constants along dim ``dim`` < 0 of ``u``."""
+    slope = activations.negative_slope(activation)
+    if slope is not None and isinstance(mean, float) and isinstance(std, float) and not _plain:
+        low = -mean / std
+        return rectify(torch.rsub(u, low, alpha=-1 / std), low, slope)  # low + u / std, a map of its own
     y = activation(u)
     if isinstance(mean, float) and isinstance(std, float):
         return y if (mean, std) == (0.0, 1.0) else (y - mean) / std

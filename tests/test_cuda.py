@@ -76,6 +76,7 @@ def test_data_norm_on_cuda():
     assert ends[0].cuda()(data.cuda()).std().item() == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_forward_never_waits_for_the_gpu():
     """A value read in forward or backward would stall the queue; torch raises in this mode."""
     model = nn.Sequential(

@@ -20,6 +20,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressB
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -318,26 +319,28 @@ def fit(
         callbacks.append(RichProgressBar())
     with warnings.catch_warnings(), _quiet_lightning():
         warnings.simplefilter("ignore")
-        trainer = pl.Trainer(
-            accelerator="auto",
-            devices=devices if devices == "auto" else int(devices),
-            num_nodes=nodes,
-            precision=run.precision,  # type: ignore[arg-type]
-            max_epochs=run.epochs,
-            limit_train_batches=run.limit_train_batches,
-            num_sanity_val_steps=0,
-            logger=loggers or False,
-            callbacks=callbacks,
-            plugins=[_AtomicCheckpoints()],
-            enable_checkpointing=out is not None,
-            enable_progress_bar=progress_bar,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            benchmark=False,
-        )
         status, reason = "ok", ""
         try:
+            trainer = pl.Trainer(
+                accelerator="auto",
+                devices=devices if devices == "auto" else int(devices),
+                num_nodes=nodes,
+                precision=run.precision,  # type: ignore[arg-type]
+                max_epochs=run.epochs,
+                limit_train_batches=run.limit_train_batches,
+                num_sanity_val_steps=0,
+                logger=loggers or False,
+                callbacks=callbacks,
+                plugins=[_AtomicCheckpoints()],
+                enable_checkpointing=out is not None,
+                enable_progress_bar=progress_bar,
+                enable_model_summary=False,
+                use_distributed_sampler=False,
+                benchmark=False,
+            )
             trainer.fit(module, datamodule=_Data(run, data), ckpt_path=checkpoint)
+        except MisconfigurationException as error:
+            raise InputError(f"--devices {devices} --nodes {nodes}: {error}") from error
         except _Diverged as error:
             lr = default_lr(run.norm, run.batch_size) if run.lr is None else run.lr
             status, reason = "diverged", f"{error}; try --lr {lr / 4:.2g}"
