@@ -25,7 +25,24 @@ REACH = 12.0
 # the mean: a kink's edge must be free to move.
 _STD_EDGES = (-REACH, *(float(t) for t in np.arange(-REACH + math.e, REACH, 3)), REACH)
 _UNIT_EDGES = (-27.0, -9.0, -3.0, -1.0, 0.0, 1.0, 3.0, 9.0, 27.0)
-_NODES, _WEIGHTS = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(20))
+_NODES, _WEIGHTS = (tuple(a.tolist()) for a in np.polynomial.legendre.leggauss(20))
+
+
+_ON_DEVICE: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """``values`` on the device and in the dtype of ``like``, sent there once: a transfer waits for the GPU."""
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+    key = (values, like.dtype, like.device)
+    found = _ON_DEVICE.get(key)
+    if found is None:
+        with torch.inference_mode(False):
+            found = torch.tensor(values, dtype=like.dtype, device=like.device)
+        if type(found) is Tensor:  # not a fake one, of a tracer
+            _ON_DEVICE[key] = found
+    return found
 
 
 def cdf(r: Tensor) -> Tensor:
@@ -170,15 +187,15 @@ def nodes(mean: Tensor, std: Tensor, kinks: Sequence[float] = ()) -> tuple[Tenso
     mean, std = mean.unsqueeze(-1), std.unsqueeze(-1)
     safe = std.clamp_min(1e-6)
     bends = tuple(edge for edge in _UNIT_EDGES if edge not in kinks)
-    points = [((mean.new_tensor(bends) - mean) / safe).detach()]
+    points = [((_constant(bends, mean) - mean) / safe).detach()]
     if kinks:
-        points.append((mean.new_tensor(tuple(kinks)) - mean) / safe)
+        points.append((_constant(tuple(kinks), mean) - mean) / safe)
     bend = torch.cat(points, -1).clamp(-REACH, REACH)
-    fixed = mean.new_tensor(_STD_EDGES).expand(*bend.shape[:-1], -1)
+    fixed = _constant(_STD_EDGES, mean).expand(*bend.shape[:-1], -1)
     edges = torch.cat([bend, fixed], -1).sort(-1).values
     half = (edges[..., 1:] - edges[..., :-1]) / 2
     middle = (edges[..., 1:] + edges[..., :-1]) / 2
-    x, w = _NODES.to(mean), _WEIGHTS.to(mean)
+    x, w = _constant(_NODES, mean), _constant(_WEIGHTS, mean)
     t = (middle.unsqueeze(-1) + half.unsqueeze(-1) * x).flatten(-2)
     weights = (half.unsqueeze(-1) * w).flatten(-2) * pdf(t)
     return mean + std * t, weights
@@ -250,8 +267,9 @@ def _refine(phi: Phi, edges: list[float], collect_kinks: bool) -> list[float]:
     tolerance = 1e-13 if collect_kinks else 1e-11
 
     def panel(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        y = phi(((a + b) / 2).unsqueeze(-1) + ((b - a) / 2).unsqueeze(-1) * _NODES)
-        return (y * _WEIGHTS).sum(-1) * (b - a) / 2, y.abs().amax(-1)
+        x, w = _constant(_NODES, a), _constant(_WEIGHTS, a)
+        y = phi(((a + b) / 2).unsqueeze(-1) + ((b - a) / 2).unsqueeze(-1) * x)
+        return (y * w).sum(-1) * (b - a) / 2, y.abs().amax(-1)
 
     with torch.no_grad():
         while low.numel() and low.numel() + len(added) < 4096:

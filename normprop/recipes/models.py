@@ -185,7 +185,10 @@ def nin(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -
         make.conv(b, c, 1),
         make.conv(c, a, 5, padding=2),
         make.conv(a, a, 1),
-        nn.AvgPool2d(3, 2, 1),
+        # Padded apart: older releases of torch backpropagate wrongly through a padded average pool
+        # in channels_last on CUDA (pytorch/pytorch#188344).
+        nn.ZeroPad2d(1),
+        nn.AvgPool2d(3, 2),
         make.conv(a, a, 1),
         make.conv(a, a, 5),
         make.conv(a, a, 1, padding=2),

@@ -164,7 +164,7 @@ class _Classifier(pl.LightningModule):
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
             max_lr=lr,
-            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            total_steps=max(8, int(self.trainer.estimated_stepping_batches)),  # it divides by 0 at 4
             pct_start=0.25,
             cycle_momentum=False,
         )
