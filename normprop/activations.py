@@ -285,7 +285,9 @@ def _label(phi: Any) -> str:
 
 
 def _check_elementwise(phi: Callable[[Tensor], Tensor], name: str) -> None:
-    u = torch.arange(-27 * 76, 27 * 76 + 1, dtype=torch.float64) / 76  # hits 0, where poles are
+    u = (
+        torch.arange(-27 * 76, 27 * 76 + 1, dtype=torch.float64, device="cpu") / 76
+    )  # hits 0, where poles are
     with torch.no_grad():
         try:
             y = phi(u.clone())
@@ -311,7 +313,9 @@ def _check_elementwise(phi: Callable[[Tensor], Tensor], name: str) -> None:
             )
         if not torch.equal(y, phi(u.clone())):
             raise ValueError(f"activation {name} is random: two calls on one input differ")
-        some = torch.randperm(u.numel(), generator=torch.Generator().manual_seed(0))[:1009]
+        some = torch.randperm(u.numel(), generator=torch.Generator("cpu").manual_seed(0), device="cpu")[
+            :1009
+        ]
         if not torch.allclose(phi(u[some]), y[some], rtol=1e-9, atol=1e-12):
             raise ValueError(
                 f"activation {name} must be element-wise: an element's output depends on the others"
@@ -471,7 +475,9 @@ def moments(
         raise ValueError(f"std must be at least 0, got {std}")
     module = as_module(phi)
     given = [t for t in (mean, std) if isinstance(t, Tensor)]
-    like: Tensor = given[0] if given else next(module.parameters(), torch.zeros((), dtype=torch.float64))
+    like: Tensor = (
+        given[0] if given else next(module.parameters(), torch.zeros((), dtype=torch.float64, device="cpu"))
+    )
     if not given and not is_learned(module):
         like = like.double()
     if not like.is_floating_point():

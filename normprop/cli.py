@@ -16,6 +16,7 @@ except ImportError:  # pragma: no cover - tests/test_package.py runs it without 
     typer = None  # type: ignore[assignment]
 
 EXTRA = "pip install 'normprop[recipes]'"
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,14 +33,16 @@ def main(arguments: list[str] | None = None) -> None:
         if (error.name or "").split(".")[0] == "normprop":
             raise
         _exit(f"this command needs {error.name}: {EXTRA}")
-    except KeyboardInterrupt:
-        _exit("stopped; what was finished is kept", 130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's usage errors have it, whichever click they use
             raise
         if message := error.format_message():
             _exit(message + _value_given(error, sys.argv[1:] if arguments is None else arguments))
         sys.exit(2)  # no arguments: the help was shown
+    if code == INTERRUPTED:  # typer's answer to Ctrl-C too
+        _exit("stopped; what was finished is kept", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,4 +1,4 @@
-"""The data end: what is normalised once, before the first layer (PAPER.md 1.2; paper sec. 4.1 and 4.5)."""
+"""The data end: what is normalised once, before the first layer (paper, sec. 4.1 and 4.5)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 
 def first_tensor(batch: Any) -> Tensor:
@@ -78,10 +79,14 @@ class GlobalDataNorm(nn.Module):
 
         Raises:
             ValueError: If there is no data, or it is not finite, or batches differ in shape.
-            TypeError: If a batch holds no tensor.
+            TypeError: If a batch holds no tensor, or data is a Dataset of single samples.
         """
         if per not in ("element", "channel"):
             raise ValueError(f"per must be 'element' or 'channel', got {per!r}")
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            raise TypeError(
+                "data must come in batches: wrap the Dataset, GlobalDataNorm.fit(DataLoader(dataset, batch_size=256))"
+            )
         total: GlobalDataNorm | None = None
         for index, batch in enumerate([data] if isinstance(data, Tensor) else data):
             x = first_tensor(batch)
@@ -92,7 +97,7 @@ class GlobalDataNorm(nn.Module):
             if x.shape[0] == 0:
                 continue
             part = cls._of_batch(x, per)
-            if not torch.isfinite(part.mean).all():
+            if not (torch.isfinite(part.mean).all() and torch.isfinite(part.std).all()):
                 raise ValueError(f"batch {index} holds NaN or infinite values")
             total = part if total is None else total.merge(part)
         if total is None:
@@ -151,12 +156,22 @@ class GlobalDataNorm(nn.Module):
         return self
 
     def forward(self, input: Tensor) -> Tensor:
+        try:
+            fits = torch.broadcast_shapes(input.shape[1:], self.mean.shape) == input.shape[1:]
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"expected (N, {', '.join(map(str, self.mean.shape))}) as at fit (1 for any size), got "
+                f"{tuple(input.shape)}"
+            )
         dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
         std = torch.where(self.std > 0, self.std, 1.0)
         return ((input - self.mean) / std).to(dtype)
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.mean.shape)}, count={self.count.item()}"
+        count = "meta" if self.count.is_meta else self.count.item()
+        return f"{tuple(self.mean.shape)}, count={count}"
 
 
 class BatchDataNorm(nn.Module):

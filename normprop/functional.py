@@ -96,6 +96,11 @@ def _rounding(rows: Tensor, mean: Tensor) -> Tensor:
     return mean.detach().abs() * (16 * torch.finfo(rows.dtype).eps * math.sqrt(fan_in))
 
 
+def _inverse(norm: Tensor) -> Tensor:
+    """``1 / norm``, but NaN where a length overflowed: a row must not vanish without a word."""
+    return norm / norm.square()
+
+
 def _lengths(rows: Tensor, dims: tuple[int, ...], negligible: Tensor | float) -> Tensor:
     norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
     return torch.where(norm > negligible, norm, 1.0)
@@ -131,7 +136,7 @@ class _ScaleRows(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows, negligible = _center(rows, dims) if centered else (rows, 0.0)
         norm = _lengths(rows, dims, negligible)
-        return rows * (gain.view(norm.shape) * factor / norm), norm
+        return rows * (gain.view(norm.shape) * factor * _inverse(norm)), norm
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -151,8 +156,9 @@ class _ScaleRows(torch.autograd.Function):
             rows, negligible = _center(rows, dims)
         if torch.is_grad_enabled():  # a second derivative is wanted: the saved norm has no graph
             norm = _lengths(rows, dims, negligible)
-        radial = (grad * rows).sum(dims, keepdim=True) * (ctx.factor / norm)
-        scale = gain.view(norm.shape) * (ctx.factor / norm)
+        inverse = ctx.factor * _inverse(norm)
+        radial = (grad * rows).sum(dims, keepdim=True) * inverse
+        scale = gain.view(norm.shape) * inverse
         pull = gain.view(norm.shape) * radial / norm.square()
         grad_rows = torch.addcmul(grad * scale, rows, pull, value=-1.0)
         if ctx.centered:
@@ -219,7 +225,7 @@ def project_(weight: Tensor, centered: bool = False, transposed: bool = False, g
         negligible = _rounding(rows, mean)
         rows.sub_(mean)
     norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
-    rows.mul_(torch.where(norm > negligible, norm.reciprocal(), 0.0))
+    rows.mul_(torch.where(norm > negligible, _inverse(norm), 0.0 if centered else 1.0))
 
 
 def constants(
@@ -280,7 +286,7 @@ class _Rectify(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, threshold: Tensor | float, slope: float) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
             # A linear map's output, which nothing else has seen: nobody misses it, nobody kept it.
             # mark_dirty would say so, but neither vmap nor the compiler takes it.
             y = y.detach()
@@ -294,17 +300,21 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, threshold, ctx.slope = inputs
-        tensor = isinstance(threshold, Tensor)
-        ctx.threshold = None if tensor else threshold
-        ctx.save_for_backward(output, *([threshold] if tensor else []))
+        ctx.threshold = None
+        if isinstance(threshold, Tensor):
+            ctx.save_for_backward(output, threshold)
+        else:
+            ctx.threshold = threshold
+            ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        output, *rest = ctx.saved_tensors
-        threshold = rest[0] if rest else ctx.threshold
+        saved = ctx.saved_tensors  # checkpointing lets it be read once
+        output = saved[0]
+        threshold = saved[1] if ctx.threshold is None else ctx.threshold
         if ctx.slope != 0.0:
             grad_y = torch.ops.aten.leaky_relu_backward(grad, output - threshold, ctx.slope, False)
-        elif rest:
+        elif ctx.threshold is None:
             grad_y = torch.ops.aten.threshold_backward(grad, output - threshold, 0.0)
         else:
             grad_y = torch.ops.aten.threshold_backward(grad, output, threshold)

@@ -259,8 +259,8 @@ def breakpoints(phi: Phi, reach: float = 27.0) -> tuple[float, ...]:
 
 def _refine(phi: Phi, edges: list[float], collect_kinks: bool) -> list[float]:
     """Bisect until each panel agrees with its halves; return the kinks, or the edges that were added."""
-    low = torch.tensor(edges[:-1], dtype=torch.float64)
-    high = torch.tensor(edges[1:], dtype=torch.float64)
+    low = torch.tensor(edges[:-1], dtype=torch.float64, device="cpu")
+    high = torch.tensor(edges[1:], dtype=torch.float64, device="cpu")
     kinks: list[float] = []
     added: list[float] = []
     # A kink in a panel of width h errs by h^2: only a tolerance near rounding follows it to 1e-7.

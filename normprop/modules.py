@@ -58,7 +58,7 @@ class _NormProp(nn.Module):
         return math.sqrt(math.prod(self.stride)) if self.transposed else 1.0
 
     def reset_parameters(self) -> None:
-        """Glorot weights with rows scaled to 1, the rule's gain, bias 0 (PAPER 1.1)."""
+        """Glorot weights with rows scaled to 1, the rule's gain, bias 0 (paper, sec. 4)."""
         if not hasattr(self, "gain"):  # the torch parent's constructor calls this first
             return
         with torch.no_grad():
@@ -141,8 +141,12 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
         return float(rule.gain)
     if activation is None:
         return 1.0
+    if any(parameter.is_meta for parameter in activation.parameters()):
+        with torch.device("cpu"):  # built without values: those it starts with are the default's
+            activation = type(activation)()
     with torch.no_grad():
-        return 1.0 / float(torch.as_tensor(activations.moments(activation).jacobian).mean())
+        jacobian = activations.moments(activation).jacobian
+        return 1.0 / (jacobian if isinstance(jacobian, float) else float(jacobian.mean()))
 
 
 def _affine(

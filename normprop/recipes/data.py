@@ -139,6 +139,8 @@ def _hub_splits(dataset: str) -> dict[str, Any]:
     )
     if not path.exists() and (dataset.startswith((".", "/", "~")) or dataset.count("/") > 1):
         raise InputError(f"--dataset {dataset}: no such folder; {expected}")
+    if not dataset.strip():
+        raise InputError(f"--dataset '{dataset}': {expected}")
     if path.is_file():
         raise InputError(f"--dataset {dataset} is a file; {expected}")
     datasets.disable_progress_bars()
@@ -202,21 +204,23 @@ def _class_names(split: Any, column: str) -> list[str] | None:
     if hasattr(feature, "names"):
         return list(feature.names)
     if split.num_rows and isinstance(split[0][column], str):
-        return sorted(set(split[column]))
+        return sorted({name for name in split[column] if name is not None})
     return None
 
 
-def _labels(values: Any, names: list[str] | None, where: str) -> Tensor:
-    values = list(values)
+def _labels(column: Any, names: list[str] | None, where: str) -> Tensor:
+    values: list[Any] = list(column)
     if values and isinstance(values[0], str):
         index = {name: i for i, name in enumerate(names or ())}
-        unknown = next((v for v in values if v not in index), None)
-        if unknown is not None:
-            raise InputError(f"{where}: label '{unknown}' does not occur in train; expected one of {names}")
+        unknown = [value for value in values if value not in index]
+        if unknown:
+            raise InputError(
+                f"{where}: label {unknown[0]!r} does not occur in train; expected one of {names}"
+            )
         values = [index[v] for v in values]
-    bad = next((v for v in values if isinstance(v, bool) or not isinstance(v, (int, np.integer))), 0)
-    if not isinstance(bad, (int, np.integer)) or isinstance(bad, bool):
-        raise InputError(f"{where}: label {bad!r} is no integer; expected 0 to (number of classes - 1)")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or abs(int(value)) >= 2**31:
+            raise InputError(f"{where}: label {value!r}; expected an integer, 0 to (number of classes - 1)")
     return torch.tensor(values, dtype=torch.int64)
 
 
@@ -249,10 +253,8 @@ def _arrays(split: Any, column: str, where: str) -> Iterator[np.ndarray]:
     from PIL import Image
 
     feature = split.features[column]
-    encoded = isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (
-        "binary",
-        "large_binary",
-    )
+    encoded = isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature)
+    encoded = encoded or getattr(feature, "dtype", "") in ("binary", "large_binary")
     if encoded:
         split = split.cast_column(column, datasets.Image(decode=False))
     mode = None
@@ -268,6 +270,10 @@ def _arrays(split: Any, column: str, where: str) -> Iterator[np.ndarray]:
             if array.ndim not in (2, 3):
                 raise InputError(
                     f"{where}: image {index} has shape {array.shape}, expected (H, W) or (C, H, W)"
+                )
+            if array.ndim == 3 and array.shape[0] > 4 and array.shape[2] in (1, 3, 4):
+                raise InputError(
+                    f"{where}: image {index} has shape {array.shape}, channels last; expected (C, H, W)"
                 )
             yield array[None] if array.ndim == 2 else array
             continue

@@ -168,7 +168,7 @@ def cnn(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -
 
 
 def nin(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
-    """The paper's Network in Network (PAPER.md 1.4), pads as printed there.
+    """The paper's Network in Network (Arpit et al. 2016, sec. 5), pads as printed there.
 
     C(192,5,1,2) C(160,1) C(96,1)... in the paper's order: nine convolutions, two pools, and the mean
     over positions. Maps of a 32x32 image: 32, 32, 16, 16, 16, 8, 4, 8, 8.
@@ -270,6 +270,6 @@ def build(
     for option, value, known in (("--model", model, tuple(MODELS)), ("--norm", norm, NORMS)):
         if value not in known:
             raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
-    if not 0 < width < math.inf:
-        raise InputError(f"--width {width}: expected a number above 0")
+    if not 0 < width <= 100:
+        raise InputError(f"--width {width}: expected a number above 0, at most 100")
     return MODELS[model](shape, classes, Blocks(norm, rule), width)

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,11 @@ from typing import Any
 import torch
 
 import normprop
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 from normprop.recipes import InputError
 
 
@@ -65,9 +70,24 @@ def write_json(path: Path, value: Any) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _lock(out: Path) -> Any:
+    """Hold ``out`` for this run; the system lets go of it however the process ends."""
+    if fcntl is None or os.environ.get("LOCAL_RANK", "0") != "0":  # the processes of one run share it
+        return None
+    handle = (out / ".lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise InputError(f"--out {out}: another run is writing there; choose another --out") from None
+    return handle
+
+
 @contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
-    """Create ``out``, and take it away again if the block fails before it has a result.
+def output_folder(out: Path, keep: Sequence[str] = ("results.json",)) -> Iterator[Path]:
+    """Create ``out``, and take it away again if the block fails before there is a checkpoint or a file of ``keep``.
+
+    One process at a time: a second one into the same folder is refused.
 
     Raises:
         InputError: If nothing can be written there, at the start or later (a full disk).
@@ -75,15 +95,17 @@ def output_folder(out: Path) -> Iterator[Path]:
     new = [folder for folder in (out, *out.parents) if not folder.exists()]
 
     def undo() -> None:
-        if not new or (out / "results.json").exists() or list(out.glob("checkpoints/*.ckpt")):
+        if not new or any((out / kept).exists() for kept in keep) or list(out.glob("checkpoints/*.ckpt")):
             return
         shutil.rmtree(out, ignore_errors=True)
         for folder in new[1:]:
             if folder.exists() and not any(folder.iterdir()):
                 folder.rmdir()
 
+    lock = None
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = _lock(out)
         probe = out / f".write-test-{os.getpid()}"
         probe.write_bytes(b"normprop" * 512)
         probe.unlink()
@@ -96,3 +118,7 @@ def output_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         undo()
         raise
+    finally:
+        if lock is not None:
+            (out / ".lock").unlink(missing_ok=True)
+            lock.close()

@@ -88,8 +88,8 @@ class Run:
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"--lr {self.lr}: expected a number above 0")
-        if self.seed < 0:
-            raise InputError(f"--seed {self.seed}: expected at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
         if self.data_norm == "batch" and self.batch_size == 1:
             raise InputError("--data-norm batch needs --batch-size of at least 2; use --data-norm global")
 
@@ -341,6 +341,10 @@ def fit(
             trainer.fit(module, datamodule=_Data(run, data), ckpt_path=checkpoint)
         except MisconfigurationException as error:
             raise InputError(f"--devices {devices} --nodes {nodes}: {error}") from error
+        except SystemExit:  # Lightning's answer to Ctrl-C
+            if trainer.interrupted:
+                raise KeyboardInterrupt from None
+            raise
         except _Diverged as error:
             lr = default_lr(run.norm, run.batch_size) if run.lr is None else run.lr
             status, reason = "diverged", f"{error}; try --lr {lr / 4:.2g}"
@@ -450,7 +454,7 @@ def train(
         save(history)
         report(history)
 
-    with output_folder(out):
+    with output_folder(out, keep=()):
         outcome = fit(run, data, after_epoch, out, checkpoint, progress_bar, devices, nodes)
         if is_first_process():
             temporary = out / "model.pt.tmp"
