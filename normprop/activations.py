@@ -424,7 +424,7 @@ def _evaluate(
     first: Any
     var: Any
     slope: Any
-    first, var, slope = closed(mean, std) if closed else (None, None, None)
+    first, var, slope = closed(mean, std) if closed is not None else (None, None, None)
     if first is None or var is None:
         by_rule = gaussian.quadrature_mean_var(phi, mean, std, kinks)
         first = by_rule[0] if first is None else first
