@@ -449,7 +449,7 @@ def moments(
         phi: A name (``"relu"``), a module (``nn.LeakyReLU(0.2)``), a torch function or any
             element-wise callable.
         mean: A number, or a tensor, one value a channel.
-        std: Likewise, at least 0.
+        std: Likewise, at least 0; of a tensor the sign does not matter, as a gain's does not.
 
     Returns:
         :class:`Moments`: floats if mean and std are numbers and phi has no parameters, else tensors

@@ -49,6 +49,11 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
 
 
+def _check_finite(x: Tensor) -> None:
+    if x.is_floating_point() and not torch.isfinite(x).all():
+        raise ValueError("x holds NaN or infinite values; the checks need finite data")
+
+
 def _gap(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the expected tensor's largest value."""
     scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
@@ -68,10 +73,11 @@ def assert_batch_independent(model: nn.Module, x: Tensor, tolerance: float | Non
 
     Raises:
         AssertionError: If a sample's output depends on the others, or the model refuses one sample.
-        ValueError: If ``x`` has fewer than two samples.
+        ValueError: If ``x`` has fewer than two samples or is not finite.
     """
     if x.shape[0] < 2:
         raise ValueError(f"x needs at least 2 samples, got {x.shape[0]}")
+    _check_finite(x)
     twin = _prepared(model)
     with torch.no_grad():
         together = twin(x)
@@ -103,7 +109,9 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor) -> None:
 
     Raises:
         AssertionError: If outputs differ in any bit, or a forward pass changes a buffer.
+        ValueError: If ``x`` is not finite.
     """
+    _check_finite(x)
     twin = _prepared(model)
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     with torch.no_grad():
@@ -143,7 +151,13 @@ def assert_accumulation_equals_batch(
 
     Raises:
         AssertionError: If a parameter's gradients differ, or the model refuses a micro-batch.
+        ValueError: If ``x`` is not finite, ``micro_batch`` is below 1, or nothing is trainable.
     """
+    if micro_batch < 1:
+        raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+    _check_finite(x)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("the model has no trainable parameter")
     whole = _prepared(model)
     parts = copy.deepcopy(whole)
     loss(whole(x), y).backward()

@@ -227,8 +227,8 @@ def test_an_add_keeps_variance_1(add):
 
 def test_an_add_is_the_weighted_sum():
     a, b = torch.randn(2, 5)
-    torch.testing.assert_close(NormalizedAdd((3.0, 4.0))(a, b), 0.6 * a + 0.8 * b)
-    torch.testing.assert_close(NormalizedAdd.residual(4)(a, b), 0.75**0.5 * a + 0.5 * b)
+    torch.assert_close(NormalizedAdd((3.0, 4.0))(a, b), 0.6 * a + 0.8 * b)
+    torch.assert_close(NormalizedAdd.residual(4)(a, b), 0.75**0.5 * a + 0.5 * b)
     assert repr(NormalizedAdd((3.0, 4.0))) == "NormalizedAdd(0.6, 0.8)"
 
 
@@ -245,3 +245,21 @@ def test_an_add_is_the_weighted_sum():
 def test_bad_adds_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_the_checks_refuse_what_they_cannot_judge():
+    net = nn.Sequential(normprop.NormPropLinear(3, 2))
+    x, y = torch.randn(4, 3), torch.zeros(4, 2)
+    bad = x.clone()
+    bad[0, 0] = float("nan")
+    for check in (
+        lambda: assert_batch_independent(net, bad),
+        lambda: assert_train_equals_eval(net, bad),
+        lambda: assert_accumulation_equals_batch(net, bad, y, F.mse_loss),
+    ):
+        with pytest.raises(ValueError, match="x holds NaN or infinite values"):
+            check()
+    with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
+        assert_accumulation_equals_batch(net, x, y, F.mse_loss, micro_batch=0)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        assert_accumulation_equals_batch(net.requires_grad_(False), x, y, F.mse_loss)

@@ -147,13 +147,15 @@ class _Contender:
     def memory(self, x: Tensor, y: Tensor) -> int:
         """Bytes kept for backward; of parameters and what has a parameter's size nothing is counted.
 
-        On CUDA the allocator's peak of a whole step instead.
+        On CUDA what the allocator's peak in a whole step adds to what lies there before it.
         """
         if self.device.type == "cuda":
+            self.step(x, y)  # momentum and workspaces are there from now on
             torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             self.step(x, y)
-            return torch.cuda.max_memory_allocated() - sum(p.nbytes for p in self.exact.parameters())
+            return torch.cuda.max_memory_allocated() - before
         sizes = {p.numel() for p in self.net.parameters()}
         kept: dict[int, int] = {}
 

@@ -190,6 +190,16 @@ def _columns(split: Any, dataset: str) -> tuple[str, str]:
     found = []
     for kind, names in (("image", IMAGE_COLUMNS), ("label", LABEL_COLUMNS)):
         column = next((name for name in names if name in split.column_names), None)
+        if (
+            column is None
+            and kind == "label"
+            and "image" in split.column_names
+            and len(split.column_names) == 1
+        ):
+            raise InputError(
+                f"--dataset {dataset}: expected a folder for each of at least two classes, train/CLASS/ and "
+                "test/CLASS/"
+            )
         if column is None:
             raise InputError(
                 f"--dataset {dataset}: expected a column of {kind}s called {' or '.join(names)}, got "
