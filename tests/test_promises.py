@@ -227,8 +227,8 @@ def test_an_add_keeps_variance_1(add):
 
 def test_an_add_is_the_weighted_sum():
     a, b = torch.randn(2, 5)
-    torch.assert_close(NormalizedAdd((3.0, 4.0))(a, b), 0.6 * a + 0.8 * b)
-    torch.assert_close(NormalizedAdd.residual(4)(a, b), 0.75**0.5 * a + 0.5 * b)
+    torch.testing.assert_close(NormalizedAdd((3.0, 4.0))(a, b), 0.6 * a + 0.8 * b)
+    torch.testing.assert_close(NormalizedAdd.residual(4)(a, b), 0.75**0.5 * a + 0.5 * b)
     assert repr(NormalizedAdd((3.0, 4.0))) == "NormalizedAdd(0.6, 0.8)"
 
 
