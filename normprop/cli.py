@@ -212,6 +212,8 @@ if typer is not None:
             first = len(history) - 1 if first is None else first
             last = history[-1]
             left = (time.perf_counter() - started) / (len(history) - first) * (epochs - len(history))
+            if console.is_terminal:
+                console.print()  # below the bar
             rest = f", about {_duration(left)} left" if len(history) < epochs else ""
             console.print(
                 f"epoch {last['epoch']}/{epochs}: loss {last['train_loss']:.4f}, test accuracy "

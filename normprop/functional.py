@@ -358,13 +358,15 @@ def along(value: Tensor, like: Tensor, dim: int) -> Tensor:
 
 def normalize_activation(u: Tensor, activation: nn.Module, mean: Number, std: Number, dim: int) -> Tensor:
     """``(phi(u) - mean) / std``, the constants along dim ``dim`` < 0 of ``u``."""
-    slope = activations.negative_slope(activation)
-    if slope is not None and isinstance(mean, float) and isinstance(std, float) and not _plain:
+    if isinstance(mean, float) and isinstance(std, float):
+        if (mean, std) == (0.0, 1.0):
+            return activation(u)
+        slope = activations.negative_slope(activation)
+        if slope is None or _plain:
+            return (activation(u) - mean) / std
         low = -mean / std
         return rectify(torch.rsub(u, low, alpha=-1 / std), low, slope)  # low + u / std, a map of its own
     y = activation(u)
-    if isinstance(mean, float) and isinstance(std, float):
-        return y if (mean, std) == (0.0, 1.0) else (y - mean) / std
     shift, scale = (along(c, y, dim) if isinstance(c, Tensor) else c for c in (mean, std))
     return (y - shift) / scale
 
