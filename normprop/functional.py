@@ -470,7 +470,7 @@ def propagate(
         scaled = scaled_weight(weight, gain / std, stretch, rule.centered, transposed, groups)
         offset = shift if bias is None else bias / std + shift
         y = linear(scaled, offset.to(weight.dtype))
-        return rectify(y, shift.view(-1, *[1] * (-dim - 1)), slope)
+        return rectify(y, along(shift, y, dim), slope)
     scaled = scaled_weight(weight, gain, stretch / std, rule.centered, transposed, groups)
     low = -mean / std
     if bias is not None:

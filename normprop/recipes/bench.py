@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.recipes import InputError
-from normprop.recipes.models import build
+from normprop.recipes.models import build, check_norms
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.train import RULES
 
@@ -271,8 +271,9 @@ def bench(
         ``{"rows": [...], versions, device, threads, commit}``.
 
     Raises:
-        InputError: If there is no such device, or ``rounds`` is below 1.
+        InputError: For an unknown norm or device, or ``rounds`` below 1.
     """
+    check_norms(norms)
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():

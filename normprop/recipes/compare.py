@@ -17,9 +17,9 @@ from rich.table import Table
 
 from normprop.recipes import InputError
 from normprop.recipes.data import ImageData
-from normprop.recipes.models import NORMS
+from normprop.recipes.models import check_norms
 from normprop.recipes.results import environment, output_folder, write_json
-from normprop.recipes.train import Run, default_lr, fit, network
+from normprop.recipes.train import Run, fit, network
 
 Row = dict[str, Any]
 
@@ -50,9 +50,7 @@ def compare(
     Raises:
         InputError: For an unknown norm, a number below 1, or a folder with another comparison.
     """
-    for norm in norms:
-        if norm not in NORMS:
-            raise InputError(f"--norms {norm}: expected some of {', '.join(NORMS)}")
+    check_norms(norms)
     if not norms or not batch_sizes:
         raise InputError("--norms and --batch-sizes need at least one value each, separated by commas")
     if seeds < 1:
@@ -86,7 +84,7 @@ def compare(
                     "seed": one.seed,
                     "status": outcome.status,
                     "reason": outcome.reason,
-                    "lr": default_lr(one.norm, one.batch_size) if one.lr is None else one.lr,
+                    "lr": one.peak_lr,
                     "test_accuracy": outcome.test_accuracy,
                     "seconds_per_epoch": outcome.seconds_per_epoch,
                     "epochs": outcome.history,

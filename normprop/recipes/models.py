@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -18,6 +18,13 @@ from normprop import NormRule
 from normprop.recipes import InputError
 
 NORMS = ("normprop", "batch", "group", "layer", "weight", "none")
+
+
+def check_norms(norms: Sequence[str]) -> None:
+    """Raise :class:`InputError` at the first name that is not in :data:`NORMS`."""
+    for norm in norms:
+        if norm not in NORMS:
+            raise InputError(f"--norms {norm}: expected some of {', '.join(NORMS)}")
 
 
 class Blocks:

@@ -77,6 +77,11 @@ class Run:
     precision: str = "32-true"
     limit_train_batches: int | None = None
 
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate, asked for or by default."""
+        return default_lr(self.norm, self.batch_size) if self.lr is None else self.lr
+
     def __post_init__(self) -> None:
         for name, known in (("rule", RULES), ("data_norm", DATA_NORMS), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
@@ -156,7 +161,7 @@ class _Classifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         run = self.run
-        lr = default_lr(run.norm, run.batch_size) if run.lr is None else run.lr
+        lr = run.peak_lr
         groups = normprop.param_groups(self.net, weight_decay=5e-4)
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         if run.norm == "normprop":
@@ -346,8 +351,7 @@ def fit(
                 raise KeyboardInterrupt from None
             raise
         except _Diverged as error:
-            lr = default_lr(run.norm, run.batch_size) if run.lr is None else run.lr
-            status, reason = "diverged", f"{error}; try --lr {lr / 4:.2g}"
+            status, reason = "diverged", f"{error}; try --lr {run.peak_lr / 4:.2g}"
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
