@@ -37,6 +37,9 @@ def test_rows_and_files(tmp_path):
 
 def test_normprop_keeps_the_bytes_of_no_normalisation():
     rows = {row["norm"]: row for row in measure(SMALL, ["normprop", "batch"], 1, "cpu")}
+    # By hand, batch 4 in float32: two maps of 16x8x8 and their pool, two of 32x4x4 and theirs, 64 hidden.
+    maps = 4 * 4 * (2 * 16 * 64 + 16 * 16 + 2 * 32 * 16 + 32 * 4 + 64)
+    assert maps <= rows["none"]["bytes"] <= maps + 1024  # and what the loss keeps of 4 x 10 outputs
     assert rows["normprop"]["bytes_ratio"] <= 1.02
     assert rows["batch"]["bytes_ratio"] > 1.3
 
