@@ -221,7 +221,7 @@ TABLE: tuple[Activation, ...] = (
 
 _BY_NAME = {row.name: row for row in TABLE}
 _BY_FUNCTION = {function: row for row in TABLE for function in row.functions}
-_BY_MODULE = {row.module: row for row in reversed(TABLE)}
+BY_MODULE = {row.module: row for row in reversed(TABLE)}
 
 
 def names() -> tuple[str, ...]:
@@ -335,7 +335,7 @@ def as_module(phi: Any) -> nn.Module:
         return _BY_NAME[phi].build()
     if isinstance(phi, type) and issubclass(phi, nn.Module):
         raise TypeError(f"activation must be an instance: write {phi.__name__}() for {phi.__name__}")
-    if isinstance(phi, Elementwise) or type(phi) in _BY_MODULE:
+    if isinstance(phi, Elementwise) or type(phi) in BY_MODULE:
         return phi
     try:
         row = _BY_FUNCTION.get(phi)
@@ -346,7 +346,7 @@ def as_module(phi: Any) -> nn.Module:
 
 def name_of(module: nn.Module) -> str:
     """How a layer's repr names its activation: ``relu``, ``LeakyReLU(negative_slope=0.2)``."""
-    row = _BY_MODULE.get(type(module))
+    row = BY_MODULE.get(type(module))
     if row is not None and repr(module) == repr(row.build()):
         return row.name
     return _label(module.phi) if isinstance(module, Elementwise) else repr(module)
@@ -371,7 +371,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 def negative_slope(module: nn.Module) -> float | None:
     """a, if the module is ``z if z > 0 else a*z`` with a constant a <= 1; else None."""
-    row = _BY_MODULE.get(type(module))
+    row = BY_MODULE.get(type(module))
     if row is None or row.negative_slope is None:
         return None
     return row.negative_slope(*(getattr(module, name) for name in row.parameters))
@@ -388,7 +388,7 @@ def _pieces(
     """phi as a function of u alone, its kinks, and its closed form."""
     if isinstance(module, Elementwise):
         return module.phi, module.kinks, None
-    row = _BY_MODULE[type(module)]
+    row = BY_MODULE[type(module)]
     values = [getattr(module, name) for name in row.parameters]
 
     def closed(mean: Tensor, std: Tensor) -> Any:

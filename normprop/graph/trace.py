@@ -1,0 +1,350 @@
+"""A model as a torch.fx graph whose nodes know their values' shapes, and one view of a node's meaning.
+
+Code may write a ReLU as a module, a function, a method or in place, and a convolution as a module or
+as ``F.conv2d(x, self.weight, ...)``. The passes (predict, convert, fold) ask a node's *key* and see
+one spelling.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
+
+from normprop import activations
+
+WEIGHT_LAYERS = (
+    nn.Linear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+RANDOM_NAMES = ("DropPath", "StochasticDepth")
+_FUNCTIONAL_WEIGHTS = {
+    "linear",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+}
+
+
+class TraceError(ValueError):
+    """torch.fx cannot follow the model's code."""
+
+
+class _Concrete:
+    """What a proxy answers where Python needs a number: the value that the example gives."""
+
+    node: fx.Node
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)  # type: ignore[arg-type]
+
+    def _value(self, what: str) -> Any:
+        value = self.node.meta.get("value", _MISSING)
+        if value is _MISSING:
+            raise fx.proxy.TraceError(f"the code asks for the {what} of '{self.node}'; pass example=")
+        return value
+
+    def __len__(self) -> int:
+        return len(self._value("length"))
+
+    def __int__(self) -> int:
+        return int(self._value("value"))
+
+    def __index__(self) -> int:
+        return operator.index(self._value("value"))
+
+    def __float__(self) -> float:
+        return float(self._value("value"))
+
+
+class _Missing:
+    pass
+
+
+_MISSING = _Missing()
+
+
+class _Proxy(_Concrete, fx.Proxy):
+    pass
+
+
+class _Attribute(_Concrete, fx.proxy.Attribute):
+    pass
+
+
+class _Tracer(fx.Tracer):
+    """Follows the code with the example's shapes at hand; control flow on them is decided by it."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.evaluating = False
+        # Shapes alone are wanted: the meta device computes nothing.
+        self.shadow = None if inputs is None else copy.deepcopy(model).to("meta").eval()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        before, self.evaluating = self.evaluating, True
+        try:
+            return self._is_leaf(m, module_qualified_name)
+        finally:
+            self.evaluating = before
+
+    def _is_leaf(self, m: nn.Module, path: str) -> bool:
+        return (
+            super().is_leaf_module(m, path)
+            or type(m).__module__.startswith("normprop.")
+            and not isinstance(m, fx.GraphModule)
+            and not hasattr(m, "by_mode")
+            or is_weight_layer(m)
+            or is_batch_norm(m)
+            or type(m).__name__ in RANDOM_NAMES
+            or own_activation(m) is not None
+        )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        # While it traces, fx sends every module's call here, the shadow's too.
+        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        value = obj.node.meta.get("value", _MISSING)
+        if value is _MISSING:
+            return super().iter(obj)
+        return iter([obj[index] for index in range(len(value))])
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = obj.node.meta.get("value", _MISSING)
+        return super().to_bool(obj) if value is _MISSING else bool(value)
+
+    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if self.shadow is not None:
+            self.evaluating = True
+            try:
+                with torch.no_grad():
+                    node.meta["value"] = self._evaluate(node)
+            except Exception as error:
+                node.meta["error"] = f"{type(error).__name__}: {error}"
+            finally:
+                self.evaluating = False
+        return node
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        assert self.shadow is not None
+        assert self.inputs is not None
+        if node.op == "placeholder":
+            index = sum(n.op == "placeholder" for n in node.graph.nodes) - 1
+            if index < len(self.inputs):
+                return self.inputs[index]
+            return node.args[0]
+        if node.op == "get_attr":
+            try:
+                return operator.attrgetter(node.target)(self.shadow)
+            except AttributeError:  # a tensor that the code made and fx keeps as a constant
+                return operator.attrgetter(node.target)(self.root).to("meta")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+        if node.op == "call_module":
+            return self.shadow.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return args[0]
+
+
+def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) -> fx.GraphModule:
+    """``model`` as a graph; its modules are shared with ``model``, not copied.
+
+    Args:
+        model: As it stands: ``self.training`` is baked into the graph.
+        example: An input, or a tuple of them; it gives each node's ``meta["value"]``, a tensor
+            without data. None: guessed from the first weight layer (:func:`guess_example`).
+
+    Raises:
+        TraceError: If torch.fx cannot follow the code.
+    """
+    if example is None:
+        example = guess_example(model)
+    inputs = None
+    if example is not None:
+        inputs = tuple(t.to("meta") for t in (example if isinstance(example, tuple) else (example,)))
+    before = set(vars(model))
+    try:
+        tracer = _Tracer(model, inputs)
+        graph = tracer.trace(model)
+    except Exception as error:
+        raise TraceError(
+            f"torch.fx cannot follow {type(model).__name__}: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}"
+            + ("" if example is not None else "; passing example= helps where code looks at shapes")
+        ) from error
+    for node in list(reversed(graph.nodes)):  # reading a shape for a decision leaves dead nodes
+        if not node.users and node.op in ("call_function", "get_attr") and key(node) in ("getattr", "getitem"):
+            graph.erase_node(node)
+    result = fx.GraphModule(model, graph, type(model).__name__)
+    for name in set(vars(model)) - before:  # fx leaves its constants on the model
+        delattr(model, name)
+    return result
+
+
+def guess_example(model: nn.Module) -> Tensor | None:
+    """One input without data, from timm's ``pretrained_cfg`` or the first weight layer; None if unclear."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("input_size"):
+        return torch.empty(1, *config["input_size"], device="meta")
+    first = next((m for m in model.modules() if isinstance(m, WEIGHT_LAYERS)), None)
+    if isinstance(first, nn.Linear):
+        return torch.empty(1, first.in_features, device="meta")
+    if isinstance(first, _ConvNd):
+        sizes = {1: 1024, 2: 224, 3: 32}
+        spatial = len(first.kernel_size)
+        return torch.empty(1, first.in_channels, *[sizes[spatial]] * spatial, device="meta")
+    return None
+
+
+def is_weight_layer(module: Any) -> bool:
+    """A linear or (transposed) convolution layer that computes what torch's computes."""
+    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in WEIGHT_LAYERS)
+
+
+def is_batch_norm(module: Any) -> bool:
+    """A BatchNorm layer, timm's with activation and SyncBatchNorm included."""
+    return isinstance(module, _BatchNorm) and "InstanceNorm" not in type(module).__name__
+
+
+_OWN: dict[tuple[type, str], bool] = {}
+
+
+def own_activation(module: nn.Module) -> nn.Module | None:
+    """The module, if it is an element-wise activation of the user's own."""
+    kind = type(module)
+    if kind.__module__.startswith(("torch.", "normprop.")) or kind.__name__ in RANDOM_NAMES:
+        return None
+    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
+        return None
+    signature = (kind, repr(module))
+    if signature not in _OWN:
+        try:
+            y = module(torch.linspace(-3, 3, 7, dtype=torch.float64))
+            _OWN[signature] = isinstance(y, Tensor) and not isinstance(
+                activations.as_module(copy.deepcopy(module)), nn.Identity
+            )
+        except Exception:
+            _OWN[signature] = False
+    return module if _OWN[signature] else None
+
+
+def module_of(graph_module: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls; None if it calls none."""
+    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+_FOREIGN = ("torch", "_operator", "builtins", "math", "operator")
+
+
+def key(node: fx.Node) -> str:
+    """What a function or method node does, in one spelling: ``add`` for ``+``, ``+=``, ``torch.add``, ``x.add_``.
+
+    A function that is not torch's or Python's gets its full name; other nodes get their kind.
+    """
+    if node.op == "call_method":
+        return _spelling(str(node.target))
+    if node.op != "call_function":
+        return node.op
+    name = getattr(node.target, "__name__", str(node.target))
+    home = getattr(node.target, "__module__", None) or "torch"
+    if home.split(".")[0] not in _FOREIGN:
+        return f"{home}.{name}"
+    return _spelling(name)
+
+
+_SAME = {
+    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
+    "concat": "cat", "concatenate": "cat", "multiply": "mul", "divide": "div", "subtract": "sub",
+    "bmm": "matmul",
+}  # fmt: skip
+
+
+def _spelling(name: str) -> str:
+    name = name.removesuffix("_") if not name.endswith("__") else name
+    return _SAME.get(name, name)
+
+
+_ROWS = {
+    function.__name__.removesuffix("_"): row for row in activations.TABLE for function in row.functions
+}
+
+
+def activation_of(node: fx.Node, module: nn.Module | None) -> nn.Module | None:
+    """The element-wise activation that a node applies to its one input, as a module; None if none."""
+    if module is not None:
+        if type(module) in activations.BY_MODULE:
+            return module
+        return own_activation(module)
+    row = _ROWS.get(key(node)) if node.op in ("call_function", "call_method") else None
+    if row is None or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    if any(isinstance(v, fx.Node) for v in (*node.args[1:], *kwargs.values())):
+        return None
+    names = row.parameters
+    values = dict(zip(names, node.args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in names}
+    return row.module(**values) if values else row.build()
+
+
+def weight_source(graph_module: nn.Module, node: fx.Node) -> tuple[str, nn.Module] | None:
+    """Path and module of a weight layer that a node computes; ``F.conv2d(x, self.weight)`` counts."""
+    module = module_of(graph_module, node)
+    if module is not None:
+        return (str(node.target), module) if is_weight_layer(module) or hasattr(module, "gain") else None
+    if node.op != "call_function" or key(node) not in _FUNCTIONAL_WEIGHTS or len(node.args) < 2:
+        return None
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+        return None
+    path, _, name = str(weight.target).rpartition(".")
+    owner = graph_module.get_submodule(path)
+    return (path, owner) if name == "weight" and isinstance(owner, WEIGHT_LAYERS) else None
+
+
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.parametrize recomputes its weight."""
+    return parametrize.is_parametrized(module)
+
+
+def shape(node: Any) -> tuple[int, ...] | None:
+    """The shape that the example gives a node's tensor; None if unknown."""
+    value = node.meta.get("value") if isinstance(node, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes that a node reads, in order, each as often as it is named."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+    return found
+
+
+def owner(node: fx.Node) -> str:
+    """Path of the module in whose forward a node is written."""
+    stack = node.meta.get("nn_module_stack")
+    return str(next(reversed(stack.values()))[0]) if stack else ""

@@ -1,0 +1,160 @@
+r"""The distribution of one map's elements, carried through a network by formula, without data.
+
+A :class:`Signal` is a weighted set of values: the nodes on which a Gaussian is integrated, seen
+through whatever happened to them since. An element-wise function is applied to the values; a sum of
+independent maps is all pairs of values; a maximum raises the distribution function to a power. What
+a weight layer reads is then known (mean, variance) however un-Gaussian it has become
+(docs/method.md, section 9).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_NODES = 512
+_REACH = 8.5  # standard deviations; what lies beyond has probability 2e-17
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Values, rising, and their probabilities.
+
+    Attributes:
+        values: Shape (n,), float64.
+        weights: Shape (n,), float64, positive, of sum 1.
+
+    Example:
+        >>> z = Signal.gaussian()
+        >>> y, slope = z.apply(torch.relu)
+        >>> round(y.mean, 4), round(y.std, 4), round(slope, 4)
+        (0.3989, 0.5838, 0.5)
+        >>> round(z.maximum(9).mean, 3)
+        1.485
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    @classmethod
+    def gaussian(cls, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Signal:
+        """N(mean, std^2); given tensors, the mixture of their channels in equal parts."""
+        means, stds = torch.broadcast_tensors(*(torch.as_tensor(v).detach().double().cpu() for v in (mean, std)))
+        means, stds = means.reshape(-1), stds.reshape(-1).abs()
+        if len(means) > 1 and bool((means == means[0]).all() & (stds == stds[0]).all()):
+            means, stds = means[:1], stds[:1]
+        z, w = gaussian_nodes(_NODES if len(means) == 1 else 96)
+        values = means[:, None] + stds[:, None] * z
+        return cls.of(values, w.expand_as(values))
+
+    @classmethod
+    def constant(cls, value: float) -> Signal:
+        """One value."""
+        return cls(torch.tensor([value], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+
+    @classmethod
+    def of(cls, values: Tensor, weights: Tensor | None = None) -> Signal:
+        """Any values (say a parameter's), gathered in bins that keep each bin's mean.
+
+        Args:
+            values: Any shape.
+            weights: Same shape, not negative; equal if None.
+        """
+        values = values.detach().double().cpu().flatten()
+        weights = torch.ones_like(values) if weights is None else weights.double().flatten()
+        weights = weights / weights.sum()
+        low, high = float(values.min()), float(values.max())
+        if not math.isfinite(high - low):
+            return cls(torch.full((1,), math.nan, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        if high - low <= 1e-12 * max(abs(low), abs(high)):
+            return cls.constant((low + high) / 2)
+        index = ((values - low) * ((_NODES - 1) / (high - low))).round().long()
+        mass = torch.zeros(_NODES, dtype=torch.float64).index_add_(0, index, weights)
+        moment = torch.zeros(_NODES, dtype=torch.float64).index_add_(0, index, weights * values)
+        kept = mass > 0
+        mean, var = float((weights * values).sum()), 0.0
+        centers, mass = moment[kept] / mass[kept], mass[kept]
+        var = float((weights * (values - mean).square()).sum())
+        binned = float((mass * (centers - mean).square()).sum())
+        return cls(mean + (centers - mean) * math.sqrt(var / binned), mass)  # no variance lost in bins
+
+    @property
+    def mean(self) -> float:
+        return float((self.weights * self.values).sum())
+
+    @property
+    def var(self) -> float:
+        return float((self.weights * (self.values - self.mean).square()).sum())
+
+    @property
+    def std(self) -> float:
+        return math.sqrt(self.var)
+
+    @property
+    def rms(self) -> float:
+        """Root of the mean square."""
+        return math.sqrt(float((self.weights * self.values.square()).sum()))
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> tuple[Signal, float]:
+        """The signal behind an element-wise function, and E[f'^2]."""
+        with torch.enable_grad():
+            x = self.values.clone().requires_grad_()
+            y = function(x * 1.0)  # not a leaf: in-place functions may have it
+            slope = torch.zeros_like(x)
+            if y.requires_grad:
+                (slope,) = torch.autograd.grad(y.sum(), x)
+        return Signal.of(y, self.weights), float((self.weights * slope.square()).sum())
+
+    def affine(self, scale: float, shift: float = 0.0) -> Signal:
+        """``scale * x + shift``."""
+        if scale == 0:
+            return Signal.constant(shift)
+        values, weights = self.values * scale + shift, self.weights
+        return Signal(values, weights) if scale > 0 else Signal(values.flip(0), weights.flip(0))
+
+    def standardized(self) -> Signal:
+        """Moved and scaled to mean 0, variance 1; a constant becomes 0."""
+        std = self.std
+        return self.affine(1 / std, -self.mean / std) if std > 0 else Signal.constant(0.0)
+
+    def plus(self, other: Signal) -> Signal:
+        """The sum of independent signals."""
+        return Signal.of(
+            self.values[:, None] + other.values, self.weights[:, None] * other.weights
+        )
+
+    def times(self, other: Signal) -> Signal:
+        """The product of independent signals."""
+        return Signal.of(
+            self.values[:, None] * other.values, self.weights[:, None] * other.weights
+        )
+
+    def maximum(self, count: int) -> Signal:
+        """The largest of ``count`` independent copies."""
+        below = self.weights.cumsum(0).clamp(max=1.0).pow(count)
+        weights = below.diff(prepend=below.new_zeros(1))
+        kept = weights > 0
+        return Signal.of(self.values[kept], weights[kept])
+
+    @staticmethod
+    def mixture(parts: Sequence[Signal], shares: Sequence[float]) -> Signal:
+        """Elements drawn from the parts in these shares: a concat."""
+        if len(parts) == 1:
+            return parts[0]
+        weights = [part.weights * share for part, share in zip(parts, shares, strict=True)]
+        return Signal.of(torch.cat([part.values for part in parts]), torch.cat(weights))
+
+
+def gaussian_nodes(count: int) -> tuple[Tensor, Tensor]:
+    """Equidistant nodes and weights for N(0, 1), shape (count,), float64: the trapezoidal rule.
+
+    Its error falls faster than any power of the distance for smooth functions, and with its square
+    at kinks.
+    """
+    z = torch.linspace(-_REACH, _REACH, count, dtype=torch.float64)
+    w = torch.exp(-z.square() / 2)
+    return z, w / w.sum()
