@@ -1,0 +1,487 @@
+r"""``predict``: mean, variance and gradient gain of every node, by formula, before any data.
+
+Each node has one rule, from the signals that it reads to the signal that it returns, and to the
+factors by which the mean square of the gradient (of the whole map) at its output turns into that at
+its inputs (docs/method.md, section 9). What has no rule is said to have none.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from normprop import activations, functional
+from normprop.graph import trace as tracing
+from normprop.graph.trace import key, shape, tensor_inputs
+from normprop.modules import NormalizedActivation
+from normprop.records import Record, SignalTrace
+from normprop.signal import Signal, gaussian_nodes
+
+Result = tuple[Signal, list[float]]
+
+_LAYOUT = {
+    "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone",
+    "detach", "to", "float", "squeeze", "unsqueeze", "expand", "expand_as", "roll", "flip", "movedim",
+    "swapaxes", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "narrow", "getitem", "chunk",
+    "split", "unbind", "repeat", "tile", "type_as", "dropout", "stochastic_depth", "unfold", "t",
+    "view_as", "tensor_split", "index_select", "rot90", "alpha_dropout", "dropout2d", "feature_dropout",
+}  # fmt: skip
+_LAYOUT_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten,
+    nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
+)  # fmt: skip
+_NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
+_POOLS = {"max_pool": "max", "avg_pool": "avg", "adaptive_avg_pool": "avg", "adaptive_max_pool": "max"}
+SMALL_FAN_IN = 16
+
+
+def predict(model: nn.Module, example: Any) -> SignalTrace:
+    """The signal through ``model`` by formula: no data, no training step.
+
+    The graph's inputs are taken as N(0, 1). A weight layer's rows are taken as unrelated to what it
+    reads: exact on average over random weights, an approximation after training, which
+    :func:`normprop.measure` checks.
+
+    Args:
+        model: Any model that torch.fx can follow; it is not changed.
+        example: An input, or a tuple of them; only shapes are read.
+
+    Returns:
+        :class:`SignalTrace`: a record a node.
+
+    Raises:
+        TraceError: If torch.fx cannot follow the code.
+    """
+    graph_module = tracing.trace(model, example)
+    return walk(graph_module).trace()
+
+
+class Walk:
+    """Signals and gradient factors of the nodes of one graph."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        self.graph_module = graph_module
+        self.signals: dict[fx.Node, Signal | None] = {}
+        self.factors: dict[fx.Node, list[tuple[fx.Node, float]]] = {}
+        self.notes: dict[fx.Node, str] = {}
+        # Element-wise ancestry: (node, f) with this node's values = f(that node's values).
+        self.origin: dict[fx.Node, tuple[fx.Node, Callable[[Tensor], Tensor]]] = {}
+        # Where this node's randomness comes from: the nodes behind which no weight layer lies.
+        self.roots: dict[fx.Node, frozenset[fx.Node]] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        """Find the node's signal from those before it."""
+        if node.op in ("output", "placeholder", "get_attr"):
+            self._visit_end(node)
+            return
+        inputs = [n for n in tensor_inputs(node) if self.signals.get(n) is not None]
+        self.roots[node] = frozenset().union(*(self.roots[n] for n in inputs)) if inputs else frozenset()
+        value = node.meta.get("value")
+        if not inputs or (isinstance(value, Tensor) and not value.is_floating_point()) or _is_number(value):
+            self.signals[node] = None
+            return
+        module = tracing.module_of(self.graph_module, node)
+        signal, factors = self._rule(node, module, inputs)
+        self.signals[node] = signal
+        if node not in self.factors:
+            self.factors[node] = list(zip(inputs, factors, strict=True))
+
+    def _visit_end(self, node: fx.Node) -> None:
+        self.roots[node] = frozenset([node])
+        if node.op == "placeholder":
+            value = node.meta.get("value")
+            real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
+            self.signals[node] = Signal.gaussian() if real else None
+        elif node.op == "get_attr":
+            tensor = _attribute(self.graph_module, str(node.target))
+            real = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
+            self.signals[node] = Signal.of(tensor) if real and tensor.numel() else None
+        else:
+            inputs = [n for n in tensor_inputs(node) if self.signals.get(n) is not None]
+            self.signals[node] = self.signals[inputs[0]] if inputs else None
+            self.factors[node] = [(n, 1.0) for n in inputs]
+
+    def _signal(self, node: fx.Node) -> Signal:
+        signal = self.signals[node]
+        assert signal is not None
+        return signal
+
+    # One node's rule ---------------------------------------------------------------------------
+
+    def _rule(self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]) -> Result:
+        first = self._signal(inputs[0])
+        what = key(node)
+        if tracing.weight_source(self.graph_module, node) is not None:
+            self.roots[node] = frozenset([node])
+            return self._weight_layer(node, first, len(inputs))
+        if isinstance(module, NormalizedActivation):
+            return self._normalized_activation(node, module, first)
+        if module is not None and hasattr(module, "propagate"):
+            if len(inputs) > 1:
+                self._check_correlation(node, inputs)
+            signal, factors = module.propagate(*(self._signal(n) for n in inputs))
+            return signal, list(factors)
+        if isinstance(module, _LAYOUT_MODULES) or type(module).__name__ in tracing.RANDOM_NAMES or what in _LAYOUT:
+            return first, [1.0] + [0.0] * (len(inputs) - 1)
+        if tracing.activation_of(node, module) is not None and len(inputs) == 1:
+            return self._elementwise(node, module, inputs[0])
+        if what in _NUMBERS and len(inputs) == 1 and len(tensor_inputs(node)) == 1:
+            return self._elementwise(node, module, inputs[0])
+        if what in ("add", "sub", "mul", "div") and len(inputs) == 2:
+            return self._arithmetic(node, what, inputs)
+        if what in ("cat", "stack"):
+            sizes = [math.prod(shape(n) or (1,)) for n in inputs]
+            return Signal.mixture([self._signal(n) for n in inputs], sizes), [1.0] * len(inputs)
+        if what == "pad":
+            return self._pad(node, inputs[0])
+        pooled = self._pool(node, module, what, inputs[0])
+        if pooled is not None:
+            return pooled
+        if module is not None and (tracing.is_batch_norm(module) or "Norm" in type(module).__name__):
+            behind = tracing.weight_source(self.graph_module, inputs[0]) is not None
+            return self._norm(module, first, behind)
+        if what in ("batch_norm", "layer_norm", "group_norm", "instance_norm"):
+            return first.standardized(), [1 / max(first.var, 1e-12)] + [0.0] * (len(inputs) - 1)
+        if isinstance(module, nn.Softmax) or what == "softmax":
+            return self._softmax(node, inputs[0])
+        if what in ("matmul", "einsum", "baddbmm") and len(inputs) == 2:
+            return self._matmul(node, inputs)
+        if what == "scaled_dot_product_attention":
+            tokens = (shape(inputs[1]) or (1, 1))[-2]
+            value = self._signal(inputs[2])
+            self.notes[node] = "attention taken as an average over all tokens"
+            return Signal.gaussian(value.mean, value.std / math.sqrt(tokens)), [0.0, 0.0, 1.0 / tokens]
+        if isinstance(module, nn.Upsample) or what in ("interpolate", "upsample"):
+            self.notes[node] = "interpolation: variance taken as kept"
+            grown = math.prod(shape(node) or (1,)) / math.prod(shape(inputs[0]) or (1,))
+            return first, [grown]
+        if len(inputs) == 1 and len(tensor_inputs(node)) == 1 and module is None:
+            try:  # any other function that acts on each element alone
+                return self._elementwise(node, module, inputs[0])
+            except Exception:
+                pass
+        self.notes[node] = f"no rule for {type(module).__name__ if module is not None else what}: taken as N(0, 1)"
+        return Signal.gaussian(), [1.0] * len(inputs)
+
+    def _elementwise(self, node: fx.Node, module: nn.Module | None, source: fx.Node) -> Result:
+        def step(values: Tensor) -> Tensor:
+            if module is not None:
+                exact = copy.deepcopy(module).to("cpu", torch.float64)
+                return exact(values[:, None]).mean(1) if activations.is_learned(exact) else exact(values)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+        probe = torch.linspace(-1, 1, 5, dtype=torch.float64)
+        result = step(probe.clone())
+        if result.shape != probe.shape or not torch.allclose(step(probe[1:3].clone()), result[1:3], equal_nan=True):
+            raise ValueError("not element-wise")
+        origin, function = self.origin.get(source, (source, _same))
+        self.origin[node] = (origin, lambda values: step(function(values)))
+        signal, slope = self._signal(source).apply(step)
+        return signal, [slope]
+
+    def _arithmetic(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
+        a, b = inputs
+        one, other = (self.origin.get(n, (n, _same)) for n in (a, b))
+        operation = getattr(torch, what)
+        if one[0] is other[0] and shape(a) == shape(b):  # x * sigmoid(x), x + x
+            origin = one[0]
+
+            def combined(values: Tensor) -> Tensor:
+                return operation(one[1](values), other[1](values))
+
+            signal, slope = self._signal(origin).apply(combined)
+            self.origin[node] = (origin, combined)
+            self.factors[node] = [(origin, slope)]
+            return signal, []
+        x, y = self._signal(a), self._signal(b)
+        self._check_correlation(node, inputs)
+        if what in ("add", "sub"):
+            return x.plus(y if what == "add" else y.affine(-1.0)), [1.0, 1.0]
+        if what == "div":
+            y, _ = y.apply(torch.reciprocal)
+        return x.times(y), [y.rms**2, x.rms**2]
+
+    def _check_correlation(self, node: fx.Node, inputs: list[fx.Node]) -> None:
+        shared = frozenset.intersection(*(self.roots[n] for n in inputs))
+        if shared:
+            names = ", ".join(sorted(str(n) for n in shared)[:2])
+            self.notes[node] = f"its inputs share {names}: correlated, taken as independent"
+
+    def _weight_layer(self, node: fx.Node, signal: Signal, count: int) -> Result:
+        source = tracing.weight_source(self.graph_module, node)
+        assert source is not None
+        layer: Any = source[1]
+        weight, bias, finish = effective(layer)
+        transposed = bool(getattr(layer, "transposed", False))
+        rows = functional.row_view(weight, transposed, getattr(layer, "groups", 1))
+        dims = (1, *range(3, rows.ndim)) if transposed else tuple(range(1, rows.ndim))
+        length = torch.linalg.vector_norm(rows, dim=dims).flatten()
+        total = rows.sum(dims).flatten()
+        inside = 1.0 / math.prod(layer.stride) if transposed else inside_fraction(node, layer)
+        mean = signal.mean * inside * total + (0.0 if bias is None else bias)
+        # Where the padding's zeros stand, the mean is missing too.
+        std = length * math.sqrt(inside * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed))
+        fan_in = rows.numel() // max(1, len(length))
+        if fan_in < SMALL_FAN_IN:
+            self.notes[node] = f"fan_in {fan_in}: a sum of few terms is only roughly Gaussian"
+        z, w = gaussian_nodes(512)
+        result, slope = through_channels(z, w, std, mean, finish)
+        factor = float(length.square().mean()) * (1.0 if transposed else inside) * slope
+        return result, [factor] + [0.0] * (count - 1)
+
+    def _normalized_activation(self, node: fx.Node, module: NormalizedActivation, signal: Signal) -> Result:
+        _, _, finish = effective(module)
+        ones = torch.ones(1, dtype=torch.float64)
+        gain = ones if module.gain is None else module.gain.detach().double().cpu()
+        bias = ones * 0 if module.bias is None else module.bias.detach().double().cpu()
+        result, slope = through_channels(signal.values, signal.weights, gain, bias, finish)
+        return result, [slope * float(gain.square().mean())]
+
+    def _pad(self, node: fx.Node, source: fx.Node) -> Result:
+        signal, before, after = self._signal(source), shape(source), shape(node)
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
+        if before is None or after is None or mode != "constant" or not isinstance(value, (int, float, type(None))):
+            return signal, [1.0]
+        share = min(1.0, math.prod(before) / math.prod(after))
+        if share == 1.0:
+            return signal, [1.0]
+        return Signal.mixture([signal, Signal.constant(float(value or 0.0))], [share, 1 - share]), [share]
+
+    def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
+        signal = self._signal(source)
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(module).__name__).strip("_")
+        spelled = (name if module is not None else what).rstrip("d").rstrip("123")
+        kind = _POOLS.get(spelled)
+        before, after = shape(source), shape(node)
+        if spelled in ("mean", "sum", "amax"):
+            kind = "max" if spelled == "amax" else "avg"
+        elif kind is None:
+            return None
+        adaptive = spelled.startswith("adaptive") or spelled in ("mean", "sum", "amax")
+        if adaptive:
+            count = math.prod(before) // max(1, math.prod(after)) if before and after else 49
+        else:
+            size = getattr(module, "kernel_size", None) if module is not None else None
+            if size is None:
+                size = node.args[1] if len(node.args) > 1 else node.kwargs.get("kernel_size", 1)
+            spatial = int(name[-2]) if name[-2:-1].isdigit() else int(what[-2])
+            count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial  # type: ignore
+        if count == 1:
+            return signal, [1.0]
+        if kind == "max":
+            self.notes[node] = "max pool: neighbours taken as independent"
+            return signal.maximum(count), [1.0]
+        if count <= 16:
+            total = signal
+            for _ in range(count - 1):
+                total = total.plus(signal)
+            pooled = total.affine(1 / count)
+        else:
+            pooled = Signal.gaussian(signal.mean, signal.std / math.sqrt(count))
+        if spelled == "sum":
+            return pooled.affine(count), [float(count)]
+        grown = math.prod(after) / math.prod(before) if before and after else 1 / count
+        return pooled, [grown if adaptive else 1 / count]
+
+    def _norm(self, module: Any, signal: Signal, behind_weights: bool) -> Result:
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        one = torch.ones(1, dtype=torch.float64)
+        scale = one if weight is None else weight.detach().double().cpu().flatten()
+        shift = one * 0 if bias is None else bias.detach().double().cpu().flatten()
+        running = getattr(module, "running_var", None)
+        if tracing.is_batch_norm(module) and running is not None and not module.training:
+            scale = scale / (running.double().cpu() + module.eps).sqrt()
+            shift = shift - module.running_mean.double().cpu() * scale
+            ready, unit = signal, 1.0
+        else:
+            # Behind a weight layer each channel is Gaussian, however its channels differ.
+            ready = Signal.gaussian() if behind_weights else signal.standardized()
+            unit = max(signal.var, 1e-12)
+        act = getattr(module, "act", None)  # timm's BatchNormAct2d
+        exact = None if act is None else copy.deepcopy(act).double().cpu()
+        result, slope = through_channels(
+            ready.values, ready.weights, scale, shift, exact if exact is not None else _same
+        )
+        return result, [slope * float(scale.square().mean()) / unit]
+
+    def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
+        self.notes[node] = "softmax of independent logits"
+        size = (shape(node) or (2,))[-1]
+        signal, _ = self._signal(source).apply(torch.exp)
+        result = signal.affine(1 / (size * signal.mean))
+        return result, [result.rms**2]
+
+    def _matmul(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
+        a, b = (self._signal(n) for n in inputs)
+        inner = (shape(inputs[0]) or (1,))[-1]
+        self.notes[node] = "product of two maps: taken as independent"
+        mean = inner * a.mean * b.mean
+        var = inner * (a.rms**2 * b.rms**2 - (a.mean * b.mean) ** 2)
+        return Signal.gaussian(mean, math.sqrt(max(var, 0.0))), [inner * b.rms**2, inner * a.rms**2]
+
+    # The whole graph ---------------------------------------------------------------------------
+
+    def gradients(self) -> dict[fx.Node, float]:
+        """L2 norm of the gradient of a node's whole map, the output's being 1."""
+        squares: dict[fx.Node, float] = {}
+        for node in reversed(list(self.graph_module.graph.nodes)):
+            if node.op == "output":
+                squares[node] = 1.0
+            for source, factor in self.factors.get(node, ()):
+                squares[source] = squares.get(source, 0.0) + factor * squares.get(node, 0.0)
+        return {node: math.sqrt(value) for node, value in squares.items()}
+
+    def trace(self) -> SignalTrace:
+        """The records."""
+        gradients = self.gradients()
+        records = []
+        for node in self.graph_module.graph.nodes:
+            signal = self.signals.get(node)
+            if signal is None or node.op in ("get_attr", "output"):
+                continue
+            records.append(
+                Record(
+                    name=str(node),
+                    path=path_of(node),
+                    op=operation_name(self.graph_module, node),
+                    shape=shape(node),
+                    mean=signal.mean,
+                    std=signal.std,
+                    gradient=gradients.get(node),
+                    note=self.notes.get(node, ""),
+                )
+            )
+        return SignalTrace(records)
+
+
+def walk(graph_module: fx.GraphModule) -> Walk:
+    """All nodes visited, in order."""
+    state = Walk(graph_module)
+    for node in graph_module.graph.nodes:
+        state.visit(node)
+    return state
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, bool, torch.Size)) or (
+        isinstance(value, (tuple, list)) and not any(isinstance(v, Tensor) for v in value)
+    )
+
+
+def _attribute(root: nn.Module, target: str) -> Any:
+    path, _, name = target.rpartition(".")
+    return getattr(root.get_submodule(path), name)
+
+
+def path_of(node: fx.Node) -> str:
+    """The module that the node calls, or the one in whose forward it is written."""
+    return str(node.target) if node.op == "call_module" else tracing.owner(node)
+
+
+def operation_name(graph_module: nn.Module, node: fx.Node) -> str:
+    module = tracing.module_of(graph_module, node)
+    if module is not None:
+        return type(module).__name__
+    return "input" if node.op == "placeholder" else key(node)
+
+
+def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """The plain weight and bias that a weight layer applies, and what it does to their result.
+
+    All in float64 on the CPU. The function takes shape (n, channels).
+    """
+    def exact(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.detach().double().cpu()
+
+    gain, bias = exact(getattr(layer, "gain", None)), exact(layer.bias)
+    weight = exact(getattr(layer, "weight", None))
+    rule = getattr(layer, "rule", None)
+    if rule is None:
+        assert weight is not None
+        return weight, bias, _same
+    if weight is None:  # NormalizedActivation
+        weight = torch.empty(0)
+    else:
+        assert gain is not None
+        weight = functional.scaled_weight(
+            weight, gain, layer.stretch, rule.centered, layer.transposed, layer.groups
+        )
+    activation = layer.activation
+    if activation is None:
+        return weight, bias, _same
+    activation = copy.deepcopy(activation).double().cpu()
+    with torch.no_grad():
+        mean, std = functional.constants(activation, rule, gain, bias, layer.standard)
+    return weight, bias, lambda u: (activation(u) - mean) / std
+
+
+def through_channels(
+    values: Tensor, weights: Tensor, scale: Tensor, shift: Tensor, function: Callable[[Tensor], Tensor]
+) -> Result:
+    """``function(scale * x + shift)``, all channels together, and the mean square of its slope.
+
+    Args:
+        values: Shape (n,), what each channel reads.
+        weights: Shape (n,).
+        scale: Shape (channels,) or (1,).
+        shift: Likewise.
+        function: Of shape (n, channels).
+    """
+    scale, shift = torch.broadcast_tensors(scale, shift)
+    u = values[:, None] * scale + shift
+    same = bool((scale == scale[0]).all() & (shift == shift[0]).all())
+    if same and function is _same:
+        u = u[:, :1]
+    elif u.numel() > 400_000:  # a coarser grid for each of many channels
+        coarse = Signal.of(values, weights)
+        step = max(1, math.ceil(u.numel() / 400_000))
+        index = torch.arange(0, len(coarse.values), step)
+        values, weights = coarse.values[index], coarse.weights[index]
+        weights = weights / weights.sum()
+        mean = (weights * values).sum()
+        var = (weights * (values - mean).square()).sum()
+        values = (values - mean) * math.sqrt(coarse.var / float(var)) + coarse.mean
+        u = values[:, None] * scale + shift
+    with torch.enable_grad():
+        u = u.detach().requires_grad_()
+        y = function(u * 1.0)
+        (slope,) = torch.autograd.grad(y.sum(), u)
+    spread = (weights / weights.sum())[:, None].expand_as(y) / y.shape[1]
+    return Signal.of(y, spread), float((spread * slope.square()).sum())
+
+
+def inside_fraction(node: fx.Node, layer: Any) -> float:
+    """Share of a convolution's taps that fall inside its zero-padded input, on average."""
+    before = shape(tensor_inputs(node)[0])
+    size = getattr(layer, "kernel_size", None)
+    if before is None or size is None or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return 1.0
+    padding: Any = layer.padding
+    if node.op == "call_function":
+        padding = node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
+    spatial = len(size)
+    if isinstance(padding, str):
+        padding = [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)] if padding == "same" else 0
+    if isinstance(padding, int):
+        padding = [padding] * spatial
+    share = 1.0
+    for length, k, s, p, d in zip(before[-spatial:], size, layer.stride, padding, layer.dilation, strict=True):
+        if not isinstance(p, int) or p == 0:
+            continue
+        out = (length + 2 * p - d * (k - 1) - 1) // s + 1
+        taps = torch.arange(out)[:, None] * s - p + d * torch.arange(k)
+        share *= float(((taps >= 0) & (taps < length)).double().mean())
+    return share
