@@ -157,8 +157,8 @@ class NormalizedAdd(nn.Module):
         total = normalized_add(branches, self.initial if self.weight is None else self.weight)
         if not self.training or self.drop_prob == 0:
             return total
-        # A dropped sample keeps its trunk: the step away from it is what is dropped. As the channels
-        # of one sample, samples are dropped whole.
+        # A dropped sample keeps its trunk: the step away from it is what is dropped. feature_dropout
+        # drops whole channels, which the samples are behind one more dim.
         trunk = branches[0]
         step = torch.feature_dropout((total - trunk).unsqueeze(0), self.drop_prob, True).squeeze(0)
         return torch.add(trunk, step, alpha=1 - self.drop_prob)
@@ -246,12 +246,16 @@ class NormalizedCat(nn.Module):
         return normalized_cat(parts, self.dim, self.weights)
 
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
-        """The mixture of the parts, and their squared factors; parts of equal size without ``shapes``."""
+        """The mixture of the parts, and each one's share of the map times its squared factor.
+
+        Without ``shapes`` the parts count as equally large.
+        """
         sizes = [1] * len(signals) if shapes is None else [shape[self.dim] for shape in shapes]
         scales = [1.0] * len(sizes) if self.weights is None else _cat_scales(sizes, self.weights)
         parts = [signal.affine(scale) for signal, scale in zip(signals, scales, strict=True)]
-        mixed = Signal.mixture(parts, [size / sum(sizes) for size in sizes])
-        return mixed, tuple(scale**2 for scale in scales)
+        shares = [size / sum(sizes) for size in sizes]
+        factors = tuple(share * scale**2 for share, scale in zip(shares, scales, strict=True))
+        return Signal.mixture(parts, shares), factors
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}" + ("" if self.weights is None else f", weights={self.weights}")
@@ -289,8 +293,8 @@ def _ones(x: Tensor, axis: int, spatial: int) -> Tensor:
 
 def _counts(ones: Tensor, max_pool: Callable[[Tensor], Tensor], dilation: int = 1) -> Tensor:
     """Elements in each window along one axis: its last position less its first, shape (out,)."""
-    position = ones.cumsum(0).unsqueeze(0)
-    extent = (max_pool(position) + max_pool(-position)).squeeze(0)
+    position = ones.cumsum(0)[None, None]
+    extent = (max_pool(position) + max_pool(-position)).flatten()
     return (extent / dilation + 1).clamp_min(1)
 
 
@@ -306,17 +310,20 @@ def _pool_counts(
     x: Tensor, spatial: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> Tensor:
     """Elements in each window of a pool, shape of one output map."""
+    lines = []
     axes = zip(*(_per_axis(value, spatial) for value in (kernel, stride, padding, dilation)), strict=True)
-    return _outer(
-        [
-            _counts(
-                _ones(x, axis, spatial),
-                partial(F.max_pool1d, kernel_size=k, stride=s, padding=p, dilation=d, ceil_mode=ceil_mode),
-                d,
-            )
-            for axis, (k, s, p, d) in enumerate(axes)
-        ]
-    )
+    for axis, (k, s, p, d) in enumerate(axes):
+        # torch.export fixes the length that F.max_pool1d sees; in 2d it does not.
+        window = partial(
+            F.max_pool2d,
+            kernel_size=(1, k),
+            stride=(1, s),
+            padding=(0, p),
+            dilation=(1, d),
+            ceil_mode=ceil_mode,
+        )
+        lines.append(_counts(_ones(x, axis, spatial), window, d))
+    return _outer(lines)
 
 
 def _adaptive_counts(x: Tensor, spatial: int, output_size: Any) -> Tensor:
@@ -332,7 +339,10 @@ def _adaptive_counts(x: Tensor, spatial: int, output_size: Any) -> Tensor:
 
 def _elements(x: Tensor, spatial: int) -> Any:
     """Elements of one map."""
-    return math.prod(x.shape[-axis] for axis in range(1, spatial + 1))
+    count = x.shape[-1]
+    for axis in range(2, spatial + 1):
+        count = count * x.shape[-axis]
+    return count
 
 
 def _check_correlation(correlation: float, most: str) -> None:
@@ -352,7 +362,8 @@ def _scale(share: Any, correlation: float) -> Any:
 def _declare_average(signal: Signal, shares: Tensor, correlation: float) -> Declared:
     """Averages of a signal, over outputs whose squared weights sum to ``shares``, at unit variance.
 
-    The elements are taken as ``sqrt(C) a + sqrt(1 - C) b_i``, all distributed as the signal.
+    The elements are taken as ``sqrt(C) a + sqrt(1 - C) b_i``, all distributed as the signal; the
+    average's shape is that of the nearest number of equal weights.
     """
     var = correlation + (1 - correlation) * shares
     share = float(shares.mean())

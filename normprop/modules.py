@@ -45,6 +45,25 @@ class _NormProp(nn.Module):
         self.gain = nn.Parameter(empty)
         self.reset_parameters()
 
+    @classmethod
+    def from_parent(
+        cls, layer: Any, activation: nn.Module | None, rule: NormRule, bias: bool = True
+    ) -> Any:
+        """A layer that takes over the weight (the Parameter itself) of a torch layer of the parent's kind.
+
+        Its gain is the rule's, its bias 0; both have the weight's device, dtype and requires_grad.
+        """
+        new = cls(**parent_arguments(layer), bias=bias, device="meta", rule=rule, activation=None)
+        new.weight = layer.weight
+        new.activation = activation
+        new.initial_gain = initial_gain(rule, activation)
+        new.standard = functional.standard_constants(activation)
+        gain = new.weight.new_full((len(new.gain),), new.initial_gain)
+        new.gain = nn.Parameter(gain, requires_grad=layer.weight.requires_grad)
+        if bias:
+            new.bias = nn.Parameter(torch.zeros_like(gain), requires_grad=layer.weight.requires_grad)
+        return new.train(layer.training)
+
     @property
     def fan_in(self) -> int:
         """Number of weights that feed one output unit."""
@@ -87,11 +106,6 @@ class _NormProp(nn.Module):
             self.stretch,
         )
 
-    def _parent_arguments(self) -> dict[str, Any]:
-        names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
-        names += ["groups", "padding_mode"] + ["output_padding"] * self.transposed
-        return {name: getattr(self, name) for name in names}
-
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The same function in torch's own modules, weights copied (timm's re-parameterisation calls it).
@@ -104,7 +118,7 @@ class _NormProp(nn.Module):
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
         relu = type(self.activation) is nn.ReLU and isinstance(mean, float) and isinstance(std, float)
         scale, shift = (float(std), float(mean / std)) if relu else (1.0, 0.0)
-        arguments = self._parent_arguments()
+        arguments = parent_arguments(self)
         has_bias = self.bias is not None or shift != 0.0
         layer = self._parent(**arguments, bias=has_bias, device=self.weight.device, dtype=self.weight.dtype)
         row = (self.rule.centered, self.transposed, self.groups)
@@ -128,6 +142,15 @@ class _NormProp(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def parent_arguments(layer: Any) -> dict[str, Any]:
+    """What a torch weight layer's constructor was given, but for bias, device and dtype."""
+    if isinstance(layer, nn.Linear):
+        return {"in_features": layer.in_features, "out_features": layer.out_features}
+    names = ["in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"]
+    names += ["groups", "padding_mode"] + ["output_padding"] * layer.transposed
+    return {name: getattr(layer, name) for name in names}
 
 
 def rule_name(rule: NormRule) -> str:
@@ -229,9 +252,6 @@ class NormPropLinear(_NormProp, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return self._propagate(lambda weight, bias: F.linear(input, weight, bias))
-
-    def _parent_arguments(self) -> dict[str, Any]:
-        return {"in_features": self.in_features, "out_features": self.out_features}
 
 
 class _NormPropConv(_NormProp):

@@ -9,6 +9,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# They move values and make none; a node with a note is shown whatever it does.
+_LAYOUT = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone", "detach", "to",
+    "float", "type_as", "squeeze", "unsqueeze", "expand", "repeat", "tile", "roll", "flip", "movedim",
+    "swapaxes", "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "t",
+    "reshape_as", "view_as", "expand_as", "unfold", "rot90", "pixel_shuffle", "pixel_unshuffle",
+    "channel_shuffle", "getattr", "size", "dropout", "Identity", "Flatten", "Unflatten", "Dropout",
+    "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "PixelShuffle", "PixelUnshuffle",
+    "ChannelShuffle", "DropPath", "StochasticDepth",
+}  # fmt: skip
+_COLUMNS = ("mean", "std", "gradient")
+
 
 @dataclass
 class Record:
@@ -35,6 +47,14 @@ class Record:
     gradient: float | None = None
     note: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """Where to look in the code: the module's path; for a function its node behind that."""
+        plain = self.path.replace(".", "_")
+        if not plain or self.name.lstrip("_").startswith(plain.lstrip("_")):
+            return self.path if self.name.lstrip("_") == plain.lstrip("_") else self.name
+        return f"{self.path}:{self.name}"
 
 
 @dataclass
@@ -63,3 +83,164 @@ class SignalTrace:
         if not found:
             raise KeyError(f"no node or module '{key}'")
         return found[-1]
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    def shown(self, every: bool = False) -> list[tuple[Record, Record | None]]:
+        """The records worth a line, each with the one predicted for it; with ``every`` all of them."""
+        beside = {} if self.predicted is None else {r.name: r for r in self.predicted}
+        pairs = [(record, beside.get(record.name)) for record in self.records]
+        return [(r, p) for r, p in pairs if every or r.op not in _LAYOUT or _note(r, p)]
+
+    def table(self, every: bool = False) -> str:
+        """A line a node, predicted beside measured if both are known.
+
+        Args:
+            every: Nodes that only move values (views, slices, dropout) too.
+        """
+        both = self.predicted is not None
+        heads = ["node", "op", "shape", *(h for c in _COLUMNS for h in ([c, "predicted"] if both else [c])), "note"]
+        lines = [heads]
+        for record, predicted in self.shown(every):
+            line = [record.place, record.op, "x".join(map(str, record.shape or ())) or "-"]
+            for column in _COLUMNS:
+                line.append(_number(getattr(record, column)))
+                if both:
+                    line.append(_number(getattr(predicted, column, None)))
+            lines.append([*line, _note(record, predicted)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if index < 3 or index == len(heads) - 1 else cell.rjust(width)
+                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """``{"records": [...], "predicted": [...] or null}``; what is not finite becomes null.
+
+        Args:
+            path: Where to write it too.
+        """
+        value = {
+            "records": [asdict(record) for record in self.records],
+            "predicted": None if self.predicted is None else [asdict(record) for record in self.predicted],
+        }
+        text = json.dumps(_finite(value), indent=1, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def plot(self, path: str | Path) -> None:
+        """Mean, std and gradient by depth, measured on predicted, as a PNG (or what the suffix says).
+
+        Raises:
+            ImportError: Without matplotlib.
+        """
+        try:
+            from matplotlib.backends.backend_agg import FigureCanvasAgg
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("plots need matplotlib: pip install 'normprop[recipes]'") from error
+
+        pairs = self.shown()
+        details = [name for name in _FRACTIONS if any(name in r.details for r, _ in pairs)]
+        panels = len(_COLUMNS) + bool(details)
+        width = min(16.0, max(8.0, 3 + 0.16 * len(pairs)))
+        # Not pyplot: it would keep the figure, and the caller's backend is none of our business.
+        figure = Figure(figsize=(width, 1.2 + 1.9 * panels), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(panels, 1, sharex=True)
+        for axis, column in zip(axes, _COLUMNS, strict=False):
+            _draw(axis, column, pairs, self.predicted is not None)
+        if details:
+            _draw_fractions(axes[-1], pairs, details)
+        _label_depth(axes, [record for record, _ in pairs], width)
+        target = Path(path)
+        temporary = target.with_name("." + target.name)
+        figure.savefig(temporary, dpi=150)
+        temporary.replace(target)
+
+
+MEASURED, PREDICTED = "#d1495b", "#00798c"
+_FRACTIONS = {
+    "dead": ("x", "#7a7a7a", "share of constant units"),
+    "coherence": (".", "#8d6a9f", "largest |cos| between weight rows"),
+}
+_LABELS = {"mean": "mean", "std": "std", "gradient": "gradient\n(output's is 1)"}
+_TICKS_PER_INCH = 5.0
+
+
+def _draw(axis: Any, column: str, pairs: list[tuple[Record, Record | None]], both: bool) -> None:
+    """One panel: a line for what is predicted, points for what is measured; a line alone for one of them."""
+    measured = [_plottable(getattr(record, column)) for record, _ in pairs]
+    predicted = [_plottable(getattr(p, column, None)) for _, p in pairs]
+    depth = range(len(pairs))
+    if both:
+        axis.plot(depth, predicted, color=PREDICTED, linewidth=2, label="predicted")
+        axis.plot(depth, measured, "o", color=MEASURED, markersize=4, label="measured")
+    else:
+        axis.plot(depth, measured, "o-", color=MEASURED, markersize=4, linewidth=1.5)
+    positive = [v for v in (*measured, *predicted) if math.isfinite(v) and v > 0]
+    if column == "mean":
+        axis.axhline(0, color="#7a7a7a", linewidth=0.8, zorder=0)
+    else:
+        axis.axhline(1, color="#7a7a7a", linewidth=0.8, zorder=0)
+        if positive and (column == "gradient" or max(positive) > 20 * min(positive)):
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+    axis.set_ylabel(_LABELS[column])
+
+
+def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names: list[str]) -> None:
+    """What lies between 0 and 1."""
+    for name in names:
+        marker, color, label = _FRACTIONS[name]
+        values = [_plottable(record.details.get(name)) for record, _ in pairs]
+        axis.plot(range(len(pairs)), values, marker, color=color, markersize=6, label=label)
+    axis.set_ylim(-0.05, 1.05)
+    axis.set_ylabel("details")
+
+
+def _label_depth(axes: Any, records: list[Record], width: float) -> None:
+    """Names along the bottom, as many as can be read; parts of the network on alternating grounds."""
+    step = max(1, math.ceil(len(records) / (width * _TICKS_PER_INCH)))
+    ticks = range(0, len(records), step)
+    axes[-1].set_xticks(ticks, [records[i].place for i in ticks], rotation=90, fontsize=7)
+    axes[-1].set_xlim(-0.5, max(0, len(records) - 1) + 0.5)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[1] and axis in (axes[0], axes[-1]):
+            axis.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=8)
+
+
+def _note(record: Record, predicted: Record | None) -> str:
+    return "; ".join(dict.fromkeys(r.note for r in (record, predicted) if r is not None and r.note))
+
+
+def _plottable(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return str(value)
+    if abs(value) < 1e-9:  # what float64 leaves of a 0
+        return "0.000"
+    return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -124,9 +124,16 @@ class Walk:
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
-            signal, factors = module.propagate(*(self._signal(n) for n in inputs))
+            shapes = [shape(n) for n in inputs]
+            signal, factors = module.propagate(
+                *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
+            )
             return signal, list(factors)
-        if isinstance(module, _LAYOUT_MODULES) or type(module).__name__ in tracing.RANDOM_NAMES or what in _LAYOUT:
+        if (
+            isinstance(module, _LAYOUT_MODULES)
+            or type(module).__name__ in tracing.RANDOM_NAMES
+            or what in _LAYOUT
+        ):
             return first, [1.0] + [0.0] * (len(inputs) - 1)
         if tracing.activation_of(node, module) is not None and len(inputs) == 1:
             return self._elementwise(node, module, inputs[0])
@@ -165,7 +172,9 @@ class Walk:
                 return self._elementwise(node, module, inputs[0])
             except Exception:
                 pass
-        self.notes[node] = f"no rule for {type(module).__name__ if module is not None else what}: taken as N(0, 1)"
+        self.notes[node] = (
+            f"no rule for {type(module).__name__ if module is not None else what}: taken as N(0, 1)"
+        )
         return Signal.gaussian(), [1.0] * len(inputs)
 
     def _elementwise(self, node: fx.Node, module: nn.Module | None, source: fx.Node) -> Result:
@@ -180,7 +189,9 @@ class Walk:
 
         probe = torch.linspace(-1, 1, 5, dtype=torch.float64)
         result = step(probe.clone())
-        if result.shape != probe.shape or not torch.allclose(step(probe[1:3].clone()), result[1:3], equal_nan=True):
+        if result.shape != probe.shape or not torch.allclose(
+            step(probe[1:3].clone()), result[1:3], equal_nan=True
+        ):
             raise ValueError("not element-wise")
         origin, function = self.origin.get(source, (source, _same))
         self.origin[node] = (origin, lambda values: step(function(values)))
@@ -228,7 +239,9 @@ class Walk:
         inside = 1.0 / math.prod(layer.stride) if transposed else inside_fraction(node, layer)
         mean = signal.mean * inside * total + (0.0 if bias is None else bias)
         # Where the padding's zeros stand, the mean is missing too.
-        std = length * math.sqrt(inside * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed))
+        std = length * math.sqrt(
+            inside * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed)
+        )
         fan_in = rows.numel() // max(1, len(length))
         if fan_in < SMALL_FAN_IN:
             self.notes[node] = f"fan_in {fan_in}: a sum of few terms is only roughly Gaussian"
@@ -249,7 +262,12 @@ class Walk:
         signal, before, after = self._signal(source), shape(source), shape(node)
         mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
         value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
-        if before is None or after is None or mode != "constant" or not isinstance(value, (int, float, type(None))):
+        if (
+            before is None
+            or after is None
+            or mode != "constant"
+            or not isinstance(value, (int, float, type(None)))
+        ):
             return signal, [1.0]
         share = min(1.0, math.prod(before) / math.prod(after))
         if share == 1.0:
@@ -403,6 +421,7 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
 
     All in float64 on the CPU. The function takes shape (n, channels).
     """
+
     def exact(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double().cpu()
 
@@ -474,11 +493,17 @@ def inside_fraction(node: fx.Node, layer: Any) -> float:
         padding = node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
     spatial = len(size)
     if isinstance(padding, str):
-        padding = [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)] if padding == "same" else 0
+        padding = (
+            [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
+            if padding == "same"
+            else 0
+        )
     if isinstance(padding, int):
         padding = [padding] * spatial
     share = 1.0
-    for length, k, s, p, d in zip(before[-spatial:], size, layer.stride, padding, layer.dilation, strict=True):
+    for length, k, s, p, d in zip(
+        before[-spatial:], size, layer.stride, padding, layer.dilation, strict=True
+    ):
         if not isinstance(p, int) or p == 0:
             continue
         out = (length + 2 * p - d * (k - 1) - 1) // s + 1

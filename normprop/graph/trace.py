@@ -109,9 +109,11 @@ class _Tracer(fx.Tracer):
     def _is_leaf(self, m: nn.Module, path: str) -> bool:
         return (
             super().is_leaf_module(m, path)
-            or type(m).__module__.startswith("normprop.")
-            and not isinstance(m, fx.GraphModule)
-            and not hasattr(m, "by_mode")
+            or (
+                type(m).__module__.startswith("normprop.")
+                and not isinstance(m, fx.GraphModule)
+                and not hasattr(m, "by_mode")
+            )
             or is_weight_layer(m)
             or is_batch_norm(m)
             or type(m).__name__ in RANDOM_NAMES
@@ -120,7 +122,9 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # While it traces, fx sends every module's call here, the shadow's too.
-        return forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
+        return (
+            forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
+        )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -135,7 +139,9 @@ class _Tracer(fx.Tracer):
         value = obj.node.meta.get("value", _MISSING)
         return super().to_bool(obj) if value is _MISSING else bool(value)
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
         if self.shadow is not None:
             self.evaluating = True
@@ -198,7 +204,11 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) 
             + ("" if example is not None else "; passing example= helps where code looks at shapes")
         ) from error
     for node in list(reversed(graph.nodes)):  # reading a shape for a decision leaves dead nodes
-        if not node.users and node.op in ("call_function", "get_attr") and key(node) in ("getattr", "getitem"):
+        if (
+            not node.users
+            and node.op in ("call_function", "get_attr")
+            and key(node) in ("getattr", "getitem")
+        ):
             graph.erase_node(node)
     result = fx.GraphModule(model, graph, type(model).__name__)
     for name in set(vars(model)) - before:  # fx leaves its constants on the model

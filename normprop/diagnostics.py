@@ -1,0 +1,321 @@
+r"""``measure``: what :func:`normprop.predict` says, held against data, and what only data can say.
+
+The model is copied, traced and run node by node. A node's statistics are taken the moment it has run,
+before a later in-place operation can change its tensor (docs/method.md, section 10).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from normprop import functional
+from normprop.data_norm import first_tensor
+from normprop.graph import trace as tracing
+from normprop.graph.predict import effective, operation_name, path_of, walk
+from normprop.modules import NormalizedActivation
+from normprop.records import Record, SignalTrace
+
+COLUMNS = 4096  # (sample, position) pairs that a covariance is taken over
+POSITIONS = 4  # of a layer's Jacobian
+LARGEST_WEIGHT = 4_000_000  # beyond it no singular values and no coherence: they cost out * out * fan_in
+LARGEST_OUT = 2048  # beyond it no covariance
+
+
+def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
+    """The signal through ``model`` on data, node by node, beside what :func:`normprop.predict` says.
+
+    The gradient is that of a random scalar: each output is weighted with standard normal numbers and
+    these are scaled to length 1, so that a node's number is the L2 norm of its whole gradient map.
+
+    Args:
+        model: Any model that torch.fx can follow, in train or eval mode, on any device. It is not
+            changed: a copy runs.
+        data: A tensor ``(N, ...)``, a tuple of the model's input tensors, or a DataLoader or other
+            iterable of batches, of which the first batch counts, and of that its first tensor.
+        seed: Of the gradient's weights, of dropout, and of the positions that are sampled.
+
+    Returns:
+        :class:`SignalTrace` with ``.predicted``. Each record's ``details``:
+
+        - ``skew``, ``kurtosis`` (excess; 0 for a Gaussian), None for a constant;
+        - of activations ``dead``: share of channels that are constant over samples and positions;
+        - of weight layers ``coherence``, ``singular_values``, ``error_bound``, ``error`` and
+          ``error_columns`` (:func:`weight_details`).
+
+    Raises:
+        ValueError: If there is no data, it is not finite, or the model does not take it.
+        TypeError: If data is none of the above.
+        TraceError: If torch.fx cannot follow the code.
+
+    Example:
+        >>> trace = measure(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(256, 64))
+        >>> trace["1"].details["dead"]
+        0.0
+    """
+    devices = {p.device for p in (*model.parameters(), *model.buffers())}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
+        torch.manual_seed(seed)
+        inputs = _inputs(data)
+        if len(devices) == 1:
+            inputs = tuple(x.to(*devices) for x in inputs)
+        twin = copy.deepcopy(model).requires_grad_(False)
+        try:
+            graph_module = tracing.trace(twin, inputs)
+        except tracing.TraceError:
+            with _refusal_told(inputs):  # is it the data's shape, or the code?
+                copy.deepcopy(twin)(*inputs)
+            raise
+        run = _Run(graph_module, seed)
+        with _refusal_told(inputs):
+            run.run(*inputs)
+        return SignalTrace(run.records, walk(graph_module).trace())
+
+
+def _inputs(data: Any) -> tuple[Tensor, ...]:
+    """The model's inputs, checked."""
+    expected = "expected a tensor, a tuple of input tensors, a DataLoader or another iterable of batches"
+    if isinstance(data, Tensor):
+        inputs: tuple[Tensor, ...] = (data,)
+    elif isinstance(data, tuple) and data and all(isinstance(x, Tensor) for x in data):
+        inputs = data
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise TypeError("data must come in batches: measure(model, DataLoader(dataset, batch_size=256))")
+    elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
+        batch = next(iter(data), None)
+        if batch is None:
+            raise ValueError("no data: there is not one batch")
+        inputs = (first_tensor(batch),)
+    else:
+        raise TypeError(f"{expected}, got {type(data).__name__}")
+    for index, x in enumerate(inputs):
+        if x.numel() == 0:
+            raise ValueError(f"no data: input {index} has shape {tuple(x.shape)}")
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            raise ValueError(f"input {index} holds NaN or infinite values")
+    return tuple(x.detach() for x in inputs)
+
+
+@contextmanager
+def _refusal_told(inputs: tuple[Tensor, ...]) -> Iterator[None]:
+    """The model's own complaint, with the shapes that it was given."""
+    try:
+        yield
+    except Exception as error:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(f"the model does not take data of shape {shapes}: {error}") from error
+
+
+class _Run(fx.Interpreter):
+    """Runs the graph once, and back, and keeps a record of every floating tensor."""
+
+    def __init__(self, graph_module: fx.GraphModule, seed: int) -> None:
+        super().__init__(graph_module)
+        self.extra_traceback = False  # the model's message is told as it is
+        self.graph_module = graph_module
+        self.generator = torch.Generator().manual_seed(seed)
+        self.records: list[Record] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "output":
+            self._backward(value)
+        elif n.op != "get_attr" and isinstance(value, Tensor) and value.is_floating_point():
+            if not value.requires_grad:  # the input, or made of parameters alone; a clone may be written to
+                value = value.detach().requires_grad_().clone()
+            self._record(n, value)
+        return value
+
+    def _backward(self, outputs: Any) -> None:
+        found: list[Tensor] = []
+        fx.node.map_aggregate(outputs, lambda value: found.append(value) or value)
+        found = [x for x in found if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+        cotangents = [torch.randn(x.shape, generator=self.generator, dtype=torch.float64) for x in found]
+        torch.autograd.backward(
+            found, [(c / c.norm()).to(x.device, x.dtype) for c, x in zip(cotangents, found, strict=True)]
+        )
+
+    def _record(self, node: fx.Node, value: Tensor) -> None:
+        module = tracing.module_of(self.graph_module, node)
+        record = Record(
+            name=str(node),
+            path=path_of(node),
+            op=operation_name(self.graph_module, node),
+            shape=tuple(value.shape),
+            **moments(value.detach()),
+        )
+        self.records.append(record)
+
+        def gradient(grad: Tensor) -> None:
+            record.gradient = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+
+        value.register_hook(gradient)
+        source = tracing.weight_source(self.graph_module, node)
+        layer = None if source is None or isinstance(module, NormalizedActivation) else source[1]
+        if getattr(module, "activation", None) is not None or tracing.activation_of(node, module) is not None:
+            record.details["dead"] = dead = dead_share(value.detach(), self._channel_dim(node, layer, value))
+            if dead:
+                record.note = f"{100 * dead:.3g} % of the units are constant"
+        if layer is not None:
+            with torch.no_grad():
+                x = self.env[tracing.tensor_inputs(node)[0]].detach()
+                z = value.detach() if module is None else pre_activation(module, x, value.detach())
+                record.details |= weight_details(layer, x, z, self.generator)
+
+    def _channel_dim(self, node: fx.Node, layer: Any, value: Tensor) -> int:
+        """Of the weight layer that the activation is part of or follows; else torch's habit."""
+        if layer is None:
+            source = tracing.weight_source(self.graph_module, tracing.tensor_inputs(node)[0])
+            layer = None if source is None else source[1]
+        if isinstance(layer, tracing.WEIGHT_LAYERS):
+            return channel_dim(layer)
+        return 1 if value.ndim > 2 else -1
+
+
+def moments(values: Tensor) -> dict[str, Any]:
+    """Mean and std (of the population), and as ``details`` skew and excess kurtosis, over all elements."""
+    x = values.double()
+    var, mean = torch.var_mean(x, correction=0)
+    record: dict[str, Any] = {"mean": float(mean), "std": float(var.sqrt())}
+    skew = kurtosis = None
+    if record["std"] > 1e-12 * abs(record["mean"]) and math.isfinite(record["std"]):
+        x = ((x - mean) / var.sqrt()).flatten()
+        square = x * x
+        skew, kurtosis = float(square @ x) / len(x), float(square @ square) / len(x) - 3.0
+    return record | {"details": {"skew": skew, "kurtosis": kurtosis}}
+
+
+def dead_share(values: Tensor, dim: int) -> float | None:
+    """Share of the channels, on dim ``dim``, whose value never changes; None if each has only one."""
+    channels = values.movedim(dim, 0).flatten(1)
+    if channels.shape[1] < 2:
+        return None
+    low, high = channels.aminmax(dim=1)
+    return float((low == high).double().mean())
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The channels' dim of a weight layer's output, from the end."""
+    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)  # type: ignore[arg-type]
+
+
+def pre_activation(layer: Any, x: Tensor, output: Tensor) -> Tensor:
+    """What the layer hands to its activation; ``output`` if it has none."""
+    activation = getattr(layer, "activation", None)
+    if activation is None:
+        return output
+    layer.activation = None
+    try:
+        return layer(x)
+    finally:
+        layer.activation = activation
+
+
+def rows_of(layer: Any, weight: Tensor) -> Tensor:
+    """The weight rows that feed a layer's output units, shape ``(out, fan_in)``; of groups the first."""
+    groups = getattr(layer, "groups", 1)
+    transposed = getattr(layer, "transposed", False)
+    rows = functional.row_view(weight, transposed, groups)
+    return (rows[0].transpose(0, 1) if transposed else rows[: len(rows) // groups]).flatten(1)
+
+
+def weight_details(layer: Any, x: Tensor, z: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    r"""What the weight W of a layer, as it is applied (rows scaled, centred), does to its input.
+
+    ``coherence``: :math:`\mu = \max_{i \ne j} |\cos(W_i, W_j)|`. ``singular_values``: min, median, max
+    and root mean square of those of the layer's Jacobian :math:`\mathrm{diag}(\varphi'(z)/std)\, W`, at a
+    few of the z that were seen; of W if the layer has no activation. ``error``: the Frobenius norm of
+    z's covariance off its diagonal, which the method takes as 0; ``error_bound``: at most so much if the
+    input is uncorrelated with variance s^2,
+
+    .. math:: s^2 \mu \sqrt{\textstyle\sum_{i \ne j} \lVert W_i\rVert^2 \lVert W_j\rVert^2}.
+
+    Source: Arpit et al. (ICML 2016), Proposition 1, the main text's form. ``error`` is taken over
+    ``error_columns`` samples and positions: m units seen n times show sqrt(m (m - 1) / n) for unit
+    variances where there is nothing. Of a grouped convolution all are the first group's; None stands for
+    what would take too long (``LARGEST_WEIGHT``, ``LARGEST_OUT``).
+
+    Args:
+        layer: A weight layer, torch's or ours.
+        x: Its input.
+        z: Its pre-activation.
+        generator: Chooses samples and positions.
+    """
+    names = ("coherence", "singular_values", "error_bound", "error", "error_columns")
+    details: dict[str, Any] = dict.fromkeys(names)
+    if layer.weight.numel() > LARGEST_WEIGHT or not (x.isfinite().all() and z.isfinite().all()):
+        return details
+    weight, _, finish = effective(layer)
+    rows = rows_of(layer, weight)
+    out = len(rows)
+    columns = z.movedim(channel_dim(layer), -1).flatten(0, -2)
+    picked = torch.randperm(len(columns), generator=generator)[:COLUMNS]
+    columns = columns[picked.to(columns.device)].double().cpu()
+    gram = rows @ rows.T
+    slope = None
+    if getattr(layer, "activation", None) is not None:
+        with torch.enable_grad():
+            u = columns[:POSITIONS].clone().requires_grad_()
+            (slope,) = torch.autograd.grad(finish(u).sum(), u)
+    details["singular_values"] = singular_values(rows, gram, None if slope is None else slope[:, :out])
+    if out < 2:
+        return details
+    details["coherence"] = mu = coherence(gram)
+    details["error_bound"] = float(x.double().var(correction=0)) * mu * _lengths_off_diagonal(gram)
+    if out <= LARGEST_OUT and len(columns) > 1:
+        details["error"] = off_diagonal_norm(columns[:, :out].T.cov(correction=0).reshape(out, out))
+        details["error_columns"] = len(columns)
+    return details
+
+
+def coherence(gram: Tensor) -> float:
+    """Largest |cos| between two rows, from their products; zero rows are orthogonal to all."""
+    lengths = gram.diagonal().sqrt()
+    cosines = gram / torch.where(lengths > 0, lengths, 1.0) / torch.where(lengths > 0, lengths, 1.0)[:, None]
+    return float(cosines.fill_diagonal_(0.0).abs().max())
+
+
+def _lengths_off_diagonal(gram: Tensor) -> float:
+    """sqrt(sum over i != j of |W_i|^2 |W_j|^2)."""
+    squares = gram.diagonal()
+    return math.sqrt(max(0.0, float(squares.sum().square() - squares.square().sum())))
+
+
+def off_diagonal_norm(matrix: Tensor) -> float:
+    """Frobenius norm without the diagonal."""
+    return float(torch.linalg.vector_norm(matrix - torch.diag(matrix.diagonal())))
+
+
+def singular_values(rows: Tensor, gram: Tensor, slope: Tensor | None) -> dict[str, float]:
+    """min, median, max and rms of the singular values of ``diag(slope) rows``, over the slopes given.
+
+    Args:
+        rows: Shape (out, fan_in).
+        gram: ``rows @ rows.T``; its eigenvalues are cheaper than the rows' singular values.
+        slope: Shape (positions, out); None for ones.
+    """
+    out, fan_in = rows.shape
+    squares = []
+    for d in [None] if slope is None else slope:
+        if out <= fan_in:
+            product = gram if d is None else gram * d * d[:, None]
+        else:
+            scaled = rows if d is None else rows * d[:, None]
+            product = scaled.T @ scaled
+        squares.append(torch.linalg.eigvalsh(product).clamp_min(0.0))
+    values = torch.cat(squares)
+    root = values.sqrt()
+    return {
+        "min": float(root.min()),
+        "median": float(root.median()),
+        "max": float(root.max()),
+        "rms": float(values.mean().sqrt()),
+    }
