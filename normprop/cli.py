@@ -1,4 +1,4 @@
-"""The command line: ``normprop compare | train | bench | moments``."""
+"""The command line: ``normprop compare | train | bench | inspect | moments``."""
 
 from __future__ import annotations
 
@@ -330,6 +330,66 @@ if typer is not None:
             _print_json(result)
         else:
             console.print(f"{out}/bench.png, {out}/bench.json")
+
+    @app.command()
+    def inspect(
+        model: Annotated[
+            str,
+            typer.Argument(
+                help="torchvision:NAME, timm:NAME, or package.module:factory, callable without arguments."
+            ),
+        ],
+        input_size: Annotated[
+            str | None,
+            typer.Option(help="Shape of one sample, such as 3x224x224; by default what the model says."),
+        ] = None,
+        batch: Annotated[int, typer.Option(help="Samples, drawn from N(0, 1).")] = 8,
+        seed: Annotated[int, typer.Option(help="Seed of weights, input and gradient.")] = 0,
+        convert: Annotated[
+            bool, typer.Option("--convert", help="Inspect what normprop.convert makes of it.")
+        ] = False,
+        out: Annotated[
+            Path | None, typer.Option(help="Folder for signal.png and signal.json; by default none.")
+        ] = None,
+        every: Annotated[
+            bool, typer.Option("--every", help="Nodes that only move values (views, slices) too.")
+        ] = False,
+        json: Json = False,
+    ) -> None:
+        """The signal through a model, node by node: mean, std and gradient, predicted and measured."""
+        from json import loads
+
+        import torch
+
+        from normprop.diagnostics import measure
+        from normprop.recipes import InputError
+        from normprop.recipes.results import environment, output_folder, write_json
+        from normprop.recipes.zoo import input_size as size_of, load_model
+
+        if batch < 1:
+            raise InputError(f"--batch {batch}: expected at least 1")
+        torch.manual_seed(seed)
+        network = load_model(model)
+        size = size_of(network, input_size)
+        try:
+            if convert:
+                network = normprop.convert(network).model
+            trace = measure(network, torch.randn(batch, *size), seed)
+        except ValueError as error:
+            raise InputError(f"MODEL {model}: {error}") from error
+        setting = {"model": model, "converted": convert, "input_size": size, "batch": batch, "seed": seed}
+        result = {**setting, **loads(trace.to_json()), **environment()}
+        if json:
+            _print_json(result)
+        else:
+            print(trace.table(every))
+        if out is None:
+            return
+        with output_folder(out, keep=("signal.json",)):
+            trace.plot(out / "signal.png")
+            write_json(out / "signal.json", result)
+        if not json:
+            print(f"{out}/signal.png, {out}/signal.json")
 
 
 def _numbers(option: str, text: str) -> list[int]:

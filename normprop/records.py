@@ -105,9 +105,8 @@ class SignalTrace:
         for record, predicted in self.shown(every):
             line = [record.place, record.op, "x".join(map(str, record.shape or ())) or "-"]
             for column in _COLUMNS:
-                line.append(_number(getattr(record, column)))
-                if both:
-                    line.append(_number(getattr(predicted, column, None)))
+                for one in [record, predicted] if both else [record]:
+                    line.append("-" if one is None else _number(one, column))
             lines.append([*line, _note(record, predicted)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -130,7 +129,9 @@ class SignalTrace:
         }
         text = json.dumps(_finite(value), indent=1, allow_nan=False)
         if path is not None:
-            Path(path).write_text(text + "\n")
+            temporary = _beside(Path(path))
+            temporary.write_text(text + "\n")
+            temporary.replace(path)
         return text
 
     def plot(self, path: str | Path) -> None:
@@ -146,7 +147,7 @@ class SignalTrace:
             raise ImportError("plots need matplotlib: pip install 'normprop[recipes]'") from error
 
         pairs = self.shown()
-        details = [name for name in _FRACTIONS if any(name in r.details for r, _ in pairs)]
+        details = [name for name in _FRACTIONS if any(r.details.get(name) for r, _ in pairs)]
         panels = len(_COLUMNS) + bool(details)
         width = min(16.0, max(8.0, 3 + 0.16 * len(pairs)))
         # Not pyplot: it would keep the figure, and the caller's backend is none of our business.
@@ -158,10 +159,9 @@ class SignalTrace:
         if details:
             _draw_fractions(axes[-1], pairs, details)
         _label_depth(axes, [record for record, _ in pairs], width)
-        target = Path(path)
-        temporary = target.with_name("." + target.name)
+        temporary = _beside(Path(path))
         figure.savefig(temporary, dpi=150)
-        temporary.replace(target)
+        temporary.replace(path)
 
 
 MEASURED, PREDICTED = "#d1495b", "#00798c"
@@ -189,10 +189,23 @@ def _draw(axis: Any, column: str, pairs: list[tuple[Record, Record | None]], bot
     else:
         axis.axhline(1, color="#7a7a7a", linewidth=0.8, zorder=0)
         if positive and (column == "gradient" or max(positive) > 20 * min(positive)):
-            axis.set_yscale("log")
+            _scale_by_logarithm(axis, max(positive) / min(positive))
         else:
             axis.set_ylim(bottom=0)
     axis.set_ylabel(_LABELS[column])
+
+
+def _scale_by_logarithm(axis: Any, span: float) -> None:
+    """Ticks 1, 2, 5, 10, ... as plain numbers while they are few; powers of ten after that."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    if span < 1000:
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0, 3.0)))
+        axis.yaxis.set_major_formatter("{x:g}")
+    low, high = axis.get_ylim()
+    axis.set_ylim(low / 1.5, high * 1.5)  # a tenth more or less is not a gulf
 
 
 def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names: list[str]) -> None:
@@ -202,7 +215,7 @@ def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names:
         values = [_plottable(record.details.get(name)) for record, _ in pairs]
         axis.plot(range(len(pairs)), values, marker, color=color, markersize=6, label=label)
     axis.set_ylim(-0.05, 1.05)
-    axis.set_ylabel("details")
+    axis.set_ylabel("units, rows")
 
 
 def _label_depth(axes: Any, records: list[Record], width: float) -> None:
@@ -214,8 +227,28 @@ def _label_depth(axes: Any, records: list[Record], width: float) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[1] and axis in (axes[0], axes[-1]):
+    for axis in (axes[0], axes[-1]):
+        if axis.get_legend_handles_labels()[1]:
             axis.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=8)
+    parts = _parts(records)
+    if 1 < len(parts) <= 1.5 * width and len(records) >= 3 * len(parts):
+        for index, (name, start, end) in enumerate(parts):
+            for axis in axes if index % 2 else ():
+                axis.axvspan(start - 0.5, end - 0.5, color="#7a7a7a", alpha=0.08, linewidth=0, zorder=0)
+            if (end - start) * width > len(name) * len(records) * 0.09:  # there is room for it
+                axes[0].text(start - 0.4, 1.02, name, transform=axes[0].get_xaxis_transform(), fontsize=8)
+
+
+def _parts(records: list[Record]) -> list[tuple[str, int, int]]:
+    """Name, start and end of the runs of records in one child of the network."""
+    parts: list[tuple[str, int, int]] = []
+    for index, record in enumerate(records):
+        name = record.path.split(".")[0]
+        if parts and parts[-1][0] == name:
+            parts[-1] = (name, parts[-1][1], index + 1)
+        else:
+            parts.append((name, index, index + 1))
+    return parts
 
 
 def _note(record: Record, predicted: Record | None) -> str:
@@ -226,14 +259,18 @@ def _plottable(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _number(value: float | None) -> str:
+def _number(record: Record, column: str) -> str:
+    value = getattr(record, column)
     if value is None:
         return "-"
-    if not math.isfinite(value):
-        return str(value)
-    if abs(value) < 1e-9:  # what float64 leaves of a 0
+    if value == 0 or (column == "mean" and abs(value) < 1e-6 * record.std):  # what rounding leaves of a 0
         return "0.000"
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def _beside(path: Path) -> Path:
+    """Written first, so that a reader never finds half a file."""
+    return path.with_name("." + path.name)
 
 
 def _finite(value: Any) -> Any:

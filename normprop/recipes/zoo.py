@@ -1,0 +1,122 @@
+"""Other people's models, by name: ``torchvision:resnet18``, ``timm:resnet50``, ``my.module:factory``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from normprop.graph.trace import guess_example
+from normprop.recipes import InputError
+
+FORMS = "expected torchvision:NAME, timm:NAME or package.module:factory"
+
+
+def load_model(spec: str) -> nn.Module:
+    """The model, with random weights; nothing is downloaded.
+
+    Args:
+        spec: ``"torchvision:NAME"``, ``"timm:NAME"``, or ``"package.module:factory"``: a callable
+            without arguments that returns a model (a class, or a model, is fine too). The current
+            folder can be imported from.
+
+    Raises:
+        InputError: If the package, the module or the name is missing, or is no model.
+    """
+    source, colon, name = spec.partition(":")
+    if not (source and colon and name):
+        raise InputError(f"MODEL {spec}: {FORMS}")
+    if source == "torchvision":
+        return _from_torchvision(spec, name)
+    if source == "timm":
+        return _from_timm(spec, name)
+    return _from_code(spec, source, name)
+
+
+def input_size(model: nn.Module, text: str | None) -> tuple[int, ...]:
+    """Shape of one sample: as typed (``"3x224x224"``), or what the model says of itself.
+
+    Raises:
+        InputError: If the text is not such a shape, or there is none and the model does not say.
+    """
+    if text is None:
+        example = guess_example(model)
+        if example is None:
+            raise InputError("the model does not say what it reads; pass --input-size, such as 3x224x224")
+        return tuple(example.shape[1:])
+    try:
+        size = tuple(int(number) for number in text.lower().split("x"))
+    except ValueError:
+        size = ()
+    if not size or min(size) < 1:
+        raise InputError(f"--input-size {text}: expected whole numbers above 0 joined by x, such as 3x224x224")
+    return size
+
+
+def _from_torchvision(spec: str, name: str) -> nn.Module:
+    models = _package(spec, "torchvision").models
+    _check_name(spec, name, models.list_models())
+    # Some builders load a pretrained backbone unless told not to.
+    builder = models.get_model_builder(name)
+    options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of how two of them will be initialised one day
+        return models.get_model(name, weights=None, **options)
+
+
+def _from_timm(spec: str, name: str) -> nn.Module:
+    timm = _package(spec, "timm")
+    if not timm.is_model(name):
+        _check_name(spec, name.split(".")[0], timm.list_models())
+    return timm.create_model(name, pretrained=False)
+
+
+def _package(spec: str, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise InputError(f"MODEL {spec} needs {name}: pip install {name}") from error
+
+
+def _from_code(spec: str, module_name: str, name: str) -> nn.Module:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as for python -m
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise InputError(f"MODEL {spec}: {module_name} needs {error.name}") from error
+        raise InputError(f"MODEL {spec}: there is no module {error.name}; {FORMS}") from error
+    _check_name(spec, name, [known for known in vars(module) if not known.startswith("_")])
+    factory = getattr(module, name)
+    if isinstance(factory, nn.Module):
+        return factory
+    if not callable(factory):
+        raise InputError(f"MODEL {spec}: {name} is a {type(factory).__name__}; expected a callable")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise InputError(f"MODEL {spec}: {name} cannot be called without arguments ({error})") from error
+    except ValueError:  # some builtins have no signature
+        pass
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise InputError(f"MODEL {spec}: {name}() gives a {type(model).__name__}; expected an nn.Module")
+    return model
+
+
+def _check_name(spec: str, name: str, known: Sequence[str]) -> None:
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, n=3)
+    raise InputError(
+        f"MODEL {spec}: there is no {name}" + (f"; did you mean {', '.join(near)}?" if near else "")
+    )
