@@ -361,7 +361,8 @@ if typer is not None:
 
         import torch
 
-        from normprop.diagnostics import measure
+        from normprop.diagnostics import DataError, measure
+        from normprop.graph.trace import TraceError
         from normprop.recipes import InputError
         from normprop.recipes.results import environment, output_folder, write_json
         from normprop.recipes.zoo import input_size as size_of, load_model
@@ -373,9 +374,9 @@ if typer is not None:
         size = size_of(network, input_size)
         try:
             if convert:
-                network = normprop.convert(network).model
+                network = normprop.convert(network, example=torch.empty(batch, *size)).model
             trace = measure(network, torch.randn(batch, *size), seed)
-        except ValueError as error:
+        except (DataError, TraceError) as error:
             raise InputError(f"MODEL {model}: {error}") from error
         setting = {"model": model, "converted": convert, "input_size": size, "batch": batch, "seed": seed}
         result = {**setting, **loads(trace.to_json()), **environment()}

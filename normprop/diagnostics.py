@@ -14,19 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset, IterableDataset
 
 from normprop import functional
 from normprop.data_norm import first_tensor
 from normprop.graph import trace as tracing
 from normprop.graph.predict import effective, operation_name, path_of, walk
-from normprop.modules import NormalizedActivation
 from normprop.records import Record, SignalTrace
 
 COLUMNS = 4096  # (sample, position) pairs that a covariance is taken over
 POSITIONS = 4  # of a layer's Jacobian
 LARGEST_WEIGHT = 4_000_000  # beyond it no singular values and no coherence: they cost out * out * fan_in
 LARGEST_OUT = 2048  # beyond it no covariance
+
+
+class DataError(ValueError):
+    """There is no data, it is not finite, or the model does not take it."""
 
 
 def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
@@ -51,7 +55,7 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
           ``error_columns`` (:func:`weight_details`).
 
     Raises:
-        ValueError: If there is no data, it is not finite, or the model does not take it.
+        DataError: If there is no data, it is not finite, or the model does not take it (a ValueError).
         TypeError: If data is none of the above.
         TraceError: If torch.fx cannot follow the code.
 
@@ -63,10 +67,13 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
     devices = {p.device for p in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
+        for device in cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         inputs = _inputs(data)
         if len(devices) == 1:
-            inputs = tuple(x.to(*devices) for x in inputs)
+            inputs = tuple(x.to(next(iter(devices))) for x in inputs)
         twin = copy.deepcopy(model).requires_grad_(False)
         try:
             graph_module = tracing.trace(twin, inputs)
@@ -74,9 +81,14 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
             with _refusal_told(inputs):  # is it the data's shape, or the code?
                 copy.deepcopy(twin)(*inputs)
             raise
-        run = _Run(graph_module, seed)
-        with _refusal_told(inputs):
-            run.run(*inputs)
+        wanted = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+        if len(inputs) > len(wanted) and not any(str(node.target).startswith("*") for node in wanted):
+            raise DataError(
+                f"the model takes {len(wanted)} input(s), got {len(inputs)}; "
+                "of a batch (x, y) pass x alone, or the DataLoader"
+            )
+        run = _Run(graph_module, inputs, seed)
+        run.run(*inputs)
         return SignalTrace(run.records, walk(graph_module).trace())
 
 
@@ -92,15 +104,15 @@ def _inputs(data: Any) -> tuple[Tensor, ...]:
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes, dict)):
         batch = next(iter(data), None)
         if batch is None:
-            raise ValueError("no data: there is not one batch")
+            raise DataError("no data: there is not one batch")
         inputs = (first_tensor(batch),)
     else:
         raise TypeError(f"{expected}, got {type(data).__name__}")
     for index, x in enumerate(inputs):
         if x.numel() == 0:
-            raise ValueError(f"no data: input {index} has shape {tuple(x.shape)}")
+            raise DataError(f"no data: input {index} has shape {tuple(x.shape)}")
         if x.is_floating_point() and not torch.isfinite(x).all():
-            raise ValueError(f"input {index} holds NaN or infinite values")
+            raise DataError(f"input {index} holds NaN or infinite values")
     return tuple(x.detach() for x in inputs)
 
 
@@ -111,21 +123,23 @@ def _refusal_told(inputs: tuple[Tensor, ...]) -> Iterator[None]:
         yield
     except Exception as error:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ValueError(f"the model does not take data of shape {shapes}: {error}") from error
+        raise DataError(f"the model does not take data of shape {shapes}: {error}") from error
 
 
 class _Run(fx.Interpreter):
     """Runs the graph once, and back, and keeps a record of every floating tensor."""
 
-    def __init__(self, graph_module: fx.GraphModule, seed: int) -> None:
+    def __init__(self, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], seed: int) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False  # the model's message is told as it is
         self.graph_module = graph_module
+        self.inputs = inputs
         self.generator = torch.Generator().manual_seed(seed)
         self.records: list[Record] = []
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        with _refusal_told(self.inputs):
+            value = super().run_node(n)
         if n.op == "output":
             self._backward(value)
         elif n.op != "get_attr" and isinstance(value, Tensor) and value.is_floating_point():
@@ -135,13 +149,14 @@ class _Run(fx.Interpreter):
         return value
 
     def _backward(self, outputs: Any) -> None:
-        found: list[Tensor] = []
-        fx.node.map_aggregate(outputs, lambda value: found.append(value) or value)
-        found = [x for x in found if isinstance(x, Tensor) and x.requires_grad and x.numel()]
-        cotangents = [torch.randn(x.shape, generator=self.generator, dtype=torch.float64) for x in found]
-        torch.autograd.backward(
-            found, [(c / c.norm()).to(x.device, x.dtype) for c, x in zip(cotangents, found, strict=True)]
-        )
+        leaves = tree_leaves(outputs)
+        found = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+        cotangents = []
+        for x in found:
+            c = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
+            cotangents.append((c / c.norm()).to(x.device, x.dtype))
+        if found:
+            torch.autograd.backward(found, cotangents)
 
     def _record(self, node: fx.Node, value: Tensor) -> None:
         module = tracing.module_of(self.graph_module, node)
@@ -159,9 +174,12 @@ class _Run(fx.Interpreter):
 
         value.register_hook(gradient)
         source = tracing.weight_source(self.graph_module, node)
-        layer = None if source is None or isinstance(module, NormalizedActivation) else source[1]
-        if getattr(module, "activation", None) is not None or tracing.activation_of(node, module) is not None:
-            record.details["dead"] = dead = dead_share(value.detach(), self._channel_dim(node, layer, value))
+        layer = None if source is None else source[1]
+        phi = getattr(module, "activation", None) or tracing.activation_of(node, module)
+        if not isinstance(phi, (nn.Identity, type(None))):
+            record.details["dead"] = dead = dead_share(
+                value.detach(), self._channel_dim(node, layer, value)
+            )
             if dead:
                 record.note = f"{100 * dead:.3g} % of the units are constant"
         if layer is not None:
@@ -230,18 +248,22 @@ def rows_of(layer: Any, weight: Tensor) -> Tensor:
 def weight_details(layer: Any, x: Tensor, z: Tensor, generator: torch.Generator) -> dict[str, Any]:
     r"""What the weight W of a layer, as it is applied (rows scaled, centred), does to its input.
 
-    ``coherence``: :math:`\mu = \max_{i \ne j} |\cos(W_i, W_j)|`. ``singular_values``: min, median, max
-    and root mean square of those of the layer's Jacobian :math:`\mathrm{diag}(\varphi'(z)/std)\, W`, at a
-    few of the z that were seen; of W if the layer has no activation. ``error``: the Frobenius norm of
-    z's covariance off its diagonal, which the method takes as 0; ``error_bound``: at most so much if the
-    input is uncorrelated with variance s^2,
+    ``coherence``: :math:`\mu = \max_{i \ne j} |\cos(W_i, W_j)|`.
+
+    ``singular_values``: min, median, max and root mean square of those of the layer's Jacobian
+    :math:`\mathrm{diag}(\varphi'(z)/std)\, W` at a few of the z that were seen; of W itself if the layer
+    has no activation.
+
+    ``error``: the Frobenius norm of z's covariance off its diagonal, which the method takes as 0, over
+    ``error_columns`` samples and positions. m uncorrelated units of variance 1 seen n times show about
+    sqrt(m (m - 1) / n), so for n < m it is None.
+
+    ``error_bound``: what ``error`` can be at most if the input is uncorrelated with variance s^2,
 
     .. math:: s^2 \mu \sqrt{\textstyle\sum_{i \ne j} \lVert W_i\rVert^2 \lVert W_j\rVert^2}.
 
-    Source: Arpit et al. (ICML 2016), Proposition 1, the main text's form. ``error`` is taken over
-    ``error_columns`` samples and positions: m units seen n times show sqrt(m (m - 1) / n) for unit
-    variances where there is nothing. Of a grouped convolution all are the first group's; None stands for
-    what would take too long (``LARGEST_WEIGHT``, ``LARGEST_OUT``).
+    Source: Arpit et al. (ICML 2016), Proposition 1, the main text's form. Of a grouped convolution all
+    are the first group's. None stands for what would take too long (``LARGEST_WEIGHT``, ``LARGEST_OUT``).
 
     Args:
         layer: A weight layer, torch's or ours.
@@ -256,7 +278,7 @@ def weight_details(layer: Any, x: Tensor, z: Tensor, generator: torch.Generator)
     weight, _, finish = effective(layer)
     rows = rows_of(layer, weight)
     out = len(rows)
-    columns = z.movedim(channel_dim(layer), -1).flatten(0, -2)
+    columns = z.movedim(channel_dim(layer), -1).reshape(-1, z.shape[channel_dim(layer)])
     picked = torch.randperm(len(columns), generator=generator)[:COLUMNS]
     columns = columns[picked.to(columns.device)].double().cpu()
     gram = rows @ rows.T
@@ -270,7 +292,7 @@ def weight_details(layer: Any, x: Tensor, z: Tensor, generator: torch.Generator)
         return details
     details["coherence"] = mu = coherence(gram)
     details["error_bound"] = float(x.double().var(correction=0)) * mu * _lengths_off_diagonal(gram)
-    if out <= LARGEST_OUT and len(columns) > 1:
+    if out <= min(LARGEST_OUT, len(columns)):
         details["error"] = off_diagonal_norm(columns[:, :out].T.cov(correction=0).reshape(out, out))
         details["error_columns"] = len(columns)
     return details
@@ -279,7 +301,9 @@ def weight_details(layer: Any, x: Tensor, z: Tensor, generator: torch.Generator)
 def coherence(gram: Tensor) -> float:
     """Largest |cos| between two rows, from their products; zero rows are orthogonal to all."""
     lengths = gram.diagonal().sqrt()
-    cosines = gram / torch.where(lengths > 0, lengths, 1.0) / torch.where(lengths > 0, lengths, 1.0)[:, None]
+    cosines = (
+        gram / torch.where(lengths > 0, lengths, 1.0) / torch.where(lengths > 0, lengths, 1.0)[:, None]
+    )
     return float(cosines.fill_diagonal_(0.0).abs().max())
 
 

@@ -100,7 +100,13 @@ class SignalTrace:
             every: Nodes that only move values (views, slices, dropout) too.
         """
         both = self.predicted is not None
-        heads = ["node", "op", "shape", *(h for c in _COLUMNS for h in ([c, "predicted"] if both else [c])), "note"]
+        heads = [
+            "node",
+            "op",
+            "shape",
+            *(h for c in _COLUMNS for h in ([c, "predicted"] if both else [c])),
+            "note",
+        ]
         lines = [heads]
         for record, predicted in self.shown(every):
             line = [record.place, record.op, "x".join(map(str, record.shape or ())) or "-"]

@@ -9,8 +9,6 @@ section 11).
 from __future__ import annotations
 
 import copy
-import math
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,31 +17,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normprop import activations, functional, merges, modules
 from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
-from normprop.graph.predict import Walk
-from normprop.graph.trace import TraceError, key, shape, tensor_inputs
+from normprop.graph.rewrite import Rewriter, has, place
+from normprop.graph.trace import TraceError
 
-_LAYERS = {
-    nn.Linear: modules.NormPropLinear,
-    nn.Conv1d: modules.NormPropConv1d,
-    nn.Conv2d: modules.NormPropConv2d,
-    nn.Conv3d: modules.NormPropConv3d,
-    nn.ConvTranspose1d: modules.NormPropConvTranspose1d,
-    nn.ConvTranspose2d: modules.NormPropConvTranspose2d,
-    nn.ConvTranspose3d: modules.NormPropConvTranspose3d,
-}
-_PRESERVE = NormRule(centered=False, constants="none", gain=1.0)
+_SAMPLES = 8  # of noise, enough for the std of a map of one position and eight channels
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
-_TOLERANCE = 0.1  # how far from mean 0, std 1 a weight layer may read its map
-_TINY = 0.1  # a branch that starts below this std (layer scale) is left to grow by itself
-_GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh)
-# Nodes through which a map passes with its elements as they are.
-_PASSING = {
-    "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze",
-    "unsqueeze", "expand", "expand_as", "clone", "dropout", "to", "float", "movedim", "swapaxes", "roll",
-}  # fmt: skip
 
 
 class ConversionError(ValueError):
@@ -186,7 +166,7 @@ def convert(
             f"model is wrapped in {type(model).__name__}: convert model.module, then wrap the result"
         )
     report = Conversion(model, [], [])
-    worker = _Converter(model, rule, preserve, filter_fn, report)
+    worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
     if preserve:
         report.notes.append(
@@ -199,6 +179,41 @@ def convert(
         reasons = "\n".join(f"  {s.path}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{len(report.skipped)} sites cannot be converted:\n{reasons}")
     return report
+
+
+def calibration(model: nn.Module, example: Any) -> tuple[Tensor, ...] | None:
+    """What fresh conversion runs once, for the constants that formulas cannot give.
+
+    The example's values if they look like normalised data (mean within 0.5, std in [0.5, 2],
+    neighbours alike), else Gaussian noise of its shape, or of the guessed one; None for a model
+    without data.
+    """
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None or like.is_meta:
+        return None
+    if example is None:
+        example = tracing.guess_example(model)
+    inputs = []
+    for x in example if isinstance(example, tuple) else (example,):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return None
+        if not _is_data(x):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(max(_SAMPLES, len(x)), *x.shape[1:], generator=generator)
+        inputs.append(x.to(like.device, like.dtype))
+    return tuple(inputs)
+
+
+def _is_data(x: Tensor) -> bool:
+    if x.is_meta or x.numel() < 2:
+        return False
+    x = x.detach().float()
+    var, mean = torch.var_mean(x)
+    scaled = bool(abs(mean) <= 0.5) and bool(0.25 <= var <= 4.0)
+    if not scaled or x.ndim < 3 or x.shape[-1] < 2:
+        return scaled and x.ndim < 3
+    alike = ((x[..., 1:] - mean) * (x[..., :-1] - mean)).mean() / var
+    return bool(alike > 0.1)
 
 
 class ByMode(nn.Module):
@@ -230,7 +245,7 @@ class ByMode(nn.Module):
         return self.graphs[self.training](*args, **kwargs)
 
 
-class _Converter:
+class Converter:
     """One conversion: what is shared by the graphs of a model."""
 
     def __init__(
@@ -281,9 +296,9 @@ class _Converter:
             for module, flag in flags.items():
                 module.training = flag
             return self.convert_children(part, prefix, str(error))
-        for module, flag in flags.items():
-            module.training = flag
-        built = {mode: _Rewriter(self, graph, prefix).run() for mode, graph in graphs.items()}
+        inputs = None if self.preserve else calibration(part, example)
+        part.eval()
+        built = {mode: Rewriter(self, graph, prefix, inputs).run() for mode, graph in graphs.items()}
         result: nn.Module = built[True]
         if built[True].code != built[False].code:
             result = ByMode(built[True], built[False])
@@ -309,22 +324,25 @@ class _Converter:
         if site not in self.report.skipped:
             self.report.skipped.append(site)
 
+    def replaced(self, path: str, source: str, target: str) -> None:
+        if all(site.path != path for site in self.report.replaced):  # both modes' graphs report it
+            self.report.replaced.append(Site(path, source, target))
+
     def finish(self, result: nn.Module, part: nn.Module, prefix: str) -> None:
         """Modules that no graph calls, plain attributes and training flags, as they were."""
         for name, module in part.named_modules():
             path = f"{prefix}.{name}" if prefix and name else prefix or name
             own = any(True for _ in module.parameters(recurse=False))
-            if name and own and path not in self.absorbed and not _has(result, name):
-                _place(result, name, module)
+            if name and own and path not in self.absorbed and not has(result, name):
+                place(result, name, module)
         for name, value in vars(part).items():
             if not name.startswith("_") and name not in vars(result):
                 setattr(result, name, value)
         for name, module in result.named_modules():
-            if _has(part, name):
-                module.training = part.get_submodule(name).training
-            elif name:
-                module.training = part.training
-        result.training = part.training
+            path = f"{prefix}.{name}" if prefix and name else prefix or name
+            module.training = (
+                self.source.get_submodule(path) if has(self.source, path) else self.source
+            ).training
 
     def handover(self) -> dict[int, tuple[Tensor, nn.Parameter | None, bool]]:
         now = dict(self.report.model.named_parameters(remove_duplicate=False))
@@ -335,671 +353,3 @@ class _Converter:
             if id(parameter) not in table or table[id(parameter)][1] is None:
                 table[id(parameter)] = (parameter, new, target == name and name not in self.moved)
         return table
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path, making its parents."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root._modules[parent]  # type: ignore[assignment]
-    root._modules[name] = module
-
-
-@dataclass
-class _Chain:
-    """A weight layer and what follows it: (weight) -> BatchNorm -> activation."""
-
-    weight: fx.Node | None
-    norm: fx.Node | None
-    act: fx.Node | None
-    activation: nn.Module | None
-    first: bool = False
-
-    @property
-    def end(self) -> fx.Node:
-        last = self.act or self.norm or self.weight
-        assert last is not None
-        return last
-
-
-class _Rewriter:
-    """Plans and rewrites one graph."""
-
-    def __init__(self, converter: _Converter, graph_module: fx.GraphModule, prefix: str) -> None:
-        self.owner = converter
-        self.graph_module = graph_module
-        self.graph = graph_module.graph
-        self.prefix = prefix
-        self.preserve = converter.preserve
-        self.nodes = list(self.graph.nodes)
-        self.ready_nodes: dict[fx.Node, fx.Node] = {}
-        self.calls: dict[str, list[fx.Node]] = defaultdict(list)
-        for node in self.nodes:
-            if node.op == "call_module":
-                self.calls[str(node.target)].append(node)
-        self.ordinals: dict[tuple[str, str], int] = defaultdict(int)
-
-    def run(self) -> fx.GraphModule:
-        chains = self.find_chains()
-        if self.preserve:
-            for chain in chains.values():
-                self.rewrite(chain, None)
-        else:
-            self.rewrite_fresh(chains)
-        self.graph.eliminate_dead_code()
-        for node in self.graph.nodes:
-            node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
-        result = fx.GraphModule(self.graph_module, self.graph, type(self.owner.source).__name__)
-        self.graph.lint()
-        return result
-
-    def path(self, local: str) -> str:
-        return f"{self.prefix}.{local}" if self.prefix else local
-
-    def local(self, node: fx.Node) -> str:
-        """Path of the module that a node calls or whose weight it uses."""
-        source = tracing.weight_source(self.graph_module, node)
-        return source[0] if source is not None else str(node.target)
-
-    def module(self, node: fx.Node) -> nn.Module | None:
-        return tracing.module_of(self.graph_module, node)
-
-    # Find and plan ------------------------------------------------------------------------------
-
-    def find_chains(self) -> dict[fx.Node, _Chain]:
-        """The chains by their first node; a module that is called twice must stand in equal ones."""
-        weights = [n for n in self.nodes if self.weight_reason(n) == ""]
-        norms = [n for n in self.nodes if self.norm_reason(n) == ""]
-        gates = set() if self.preserve else {top for _, top in self.find_gates().values()}
-        chains: dict[fx.Node, _Chain] = {}
-        for node in weights:
-            first = not self.behind_weight(tensor_inputs(node)[0])
-            chain = _Chain(node, None, None, None, first)
-            user = _only_user(node)
-            if user is not None and user in norms and self.fits(node, user):
-                chain.norm = user
-            self.follow(chain, gates)
-            chains[node] = chain
-        taken = {chain.norm for chain in chains.values()}
-        for node in norms:
-            if node not in taken:
-                chain = _Chain(None, node, None, None)
-                self.follow(chain, gates)
-                chains[node] = chain
-        self.unify(chains, gates)
-        if self.preserve:  # a weight layer without BatchNorm stays as it is
-            chains = {n: c for n, c in chains.items() if c.norm is not None}
-        return chains
-
-    def follow(self, chain: _Chain, gates: set[fx.Node]) -> None:
-        """Take in the activation behind the chain's end."""
-        inside = getattr(self.module(chain.norm), "act", None) if chain.norm is not None else None
-        if inside is not None and not isinstance(inside, nn.Identity):
-            chain.activation = _out_of_place(inside)
-            return
-        user = _only_user(chain.end)
-        if user is None or user in gates:
-            return
-        activation = tracing.activation_of(user, self.module(user))
-        if activation is None or isinstance(activation, nn.Identity):
-            return
-        try:
-            chain.activation = activations.as_module(_out_of_place(activation))
-            chain.act = user
-        except (ValueError, TypeError):
-            return
-
-    def unify(self, chains: dict[fx.Node, _Chain], gates: set[fx.Node]) -> None:
-        """Shared modules: all calls alike, or each part by itself."""
-        groups: dict[str, list[_Chain]] = defaultdict(list)
-        for node, chain in chains.items():
-            groups[self.local(node)].append(chain)
-        for group in list(groups.values()):
-            kinds = {(self.local(c.norm) if c.norm else "", repr(c.activation)) for c in group}
-            shared = {self.local(c.norm) for c in group if c.norm}
-            elsewhere = any(
-                c.norm is not None and self.local(c.norm) in shared and c not in group
-                for c in chains.values()
-            )
-            if len(kinds) == 1 and not elsewhere:
-                continue
-            for chain in group:
-                if chain.weight is not None and chain.norm is not None:
-                    alone = _Chain(None, chain.norm, None, None)
-                    chains[chain.norm] = alone
-                    chain.norm = None
-                chain.act, chain.activation = None, None
-
-    def weight_reason(self, node: fx.Node) -> str | None:
-        """Why a weight layer is left; empty if it is converted, None if it is none."""
-        source = tracing.weight_source(self.graph_module, node)
-        if source is None or hasattr(source[1], "rule"):
-            return None
-        path, layer = source
-        if tracing.is_parametrized(layer):
-            self.owner.skip(
-                self.path(path), layer, "its weight is parametrized; remove_parametrizations first"
-            )
-            return "parametrized"
-        if self.filtered(layer, path):
-            return "filtered"
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-            self.owner.skip(self.path(path), layer, "it has no weight yet; run the model once")
-            return "lazy"
-        return ""
-
-    def norm_reason(self, node: fx.Node) -> str | None:
-        """Why a BatchNorm is left; empty if it is converted, None if it is none."""
-        if key(node) == "batch_norm" and node.op == "call_function":
-            place = nn.BatchNorm2d(1)
-            self.owner.skip(
-                self.path(tracing.owner(node)), place, "written as F.batch_norm; use an nn.BatchNorm module"
-            )
-            return "functional"
-        module = self.module(node)
-        if module is None or not tracing.is_batch_norm(module):
-            return None
-        path = str(node.target)
-        norm: Any = module
-        forward = type(norm).forward
-        known = forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or hasattr(norm, "act")
-        reason = ""
-        if self.filtered(norm, path):
-            self.owner.skip(self.path(path), norm, "filter_fn returned False")
-            return "filtered"
-        if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
-            reason = "it has no statistics yet; run the model once"
-        elif not known:
-            reason = f"{type(norm).__name__} has a forward of its own; use torch's BatchNorm"
-        elif self.preserve and norm.running_mean is None:
-            reason = "it keeps no running statistics, so eval mode is not a fixed function; convert without preserve"
-        if reason:
-            self.owner.skip(self.path(path), norm, reason)
-        return reason
-
-    def filtered(self, module: nn.Module, path: str) -> bool:
-        return self.owner.filter_fn is not None and not self.owner.filter_fn(module, self.path(path))
-
-    def fits(self, weight: fx.Node, norm: fx.Node) -> bool:
-        """Whether BatchNorm's channels (dim 1) are the weight layer's output units."""
-        source = tracing.weight_source(self.graph_module, weight)
-        assert source is not None
-        size = shape(weight)
-        if isinstance(source[1], nn.Linear):
-            return size is None or len(size) == 2
-        return size is None or len(size) == len(source[1].kernel_size) + 2  # type: ignore[arg-type]
-
-    def find_gates(self) -> dict[fx.Node, tuple[int, fx.Node]]:
-        """Multiplications by a gate: (position of the gate among the arguments, its activation's node).
-
-        A gate is a bounded activation of another map's weight layer, seen through views.
-        """
-        gates = {}
-        for node in self.nodes:
-            pair = node.args
-            if key(node) != "mul" or len(pair) != 2 or not all(isinstance(a, fx.Node) for a in pair):
-                continue
-            for index in (0, 1):
-                top, other = pair[index], pair[1 - index]
-                assert isinstance(top, fx.Node)
-                assert isinstance(other, fx.Node)
-                while key(top) in _PASSING and len(top.users) == 1:
-                    top = tensor_inputs(top)[0]
-                alone = len(top.users) == 1 and len(tensor_inputs(top)) == 1
-                if not (alone and isinstance(tracing.activation_of(top, self.module(top)), _GATES)):
-                    continue
-                if (
-                    tensor_inputs(top)[0] is not other
-                    and self.behind_weight(top)
-                    and self.behind_weight(other)
-                ):
-                    gates[node] = (index, top)
-                    break
-        return gates
-
-    def behind_weight(self, node: fx.Node) -> bool:
-        """Whether a weight layer lies before the node."""
-        return bool(self.ancestors(node) & self.weight_mask())
-
-    def ancestors(self, node: fx.Node) -> int:
-        """The nodes before a node, as bits."""
-        if not hasattr(self, "_bits"):
-            self._bits: dict[fx.Node, int] = {}
-            for index, n in enumerate(self.nodes):
-                bits = 1 << index
-                for source in n.all_input_nodes:
-                    bits |= self._bits[source]
-                self._bits[n] = bits
-        return self._bits[node]
-
-    def weight_mask(self) -> int:
-        if not hasattr(self, "_weights"):
-            self._weights = 0
-            for index, n in enumerate(self.nodes):
-                if tracing.weight_source(self.graph_module, n) is not None:
-                    self._weights |= 1 << index
-        return self._weights
-
-    # Rewrite ------------------------------------------------------------------------------------
-
-    def rewrite(self, chain: _Chain, walk: Walk | None) -> fx.Node:
-        """Put one module in a chain's place; the node that calls it."""
-        head = chain.weight or chain.norm
-        assert head is not None
-        source = tensor_inputs(head)[0]
-        path = self.local(head)
-        full = self.path(path)
-        if full not in self.owner.new:
-            build = self.build_layer if chain.weight is not None else self.build_activation
-            self.owner.new[full] = build(chain, head)
-        if walk is not None:
-            source = self.ready(source, walk)
-        _place(self.graph_module, path, self.owner.new[full])
-        with self.graph.inserting_before(head):
-            rest = head.args[1:] if head.op == "call_module" else ()
-            node = self.graph.call_module(path, (source, *rest))
-        node.meta = dict(head.meta, value=chain.end.meta.get("value", head.meta.get("value")))
-        if "value" not in chain.end.meta and "value" not in head.meta:
-            node.meta.pop("value")
-        chain.end.replace_all_uses_with(node)
-        for old in (chain.act, chain.norm, chain.weight):
-            if old is not None:
-                self.graph.erase_node(old)
-        return node
-
-    def chain_name(self, chain: _Chain, head: fx.Node) -> str:
-        parts = []
-        if chain.weight is not None:
-            source = tracing.weight_source(self.graph_module, chain.weight)
-            assert source is not None
-            parts.append(type(source[1]).__name__)
-        if chain.norm is not None:
-            parts.append(type(self.module(chain.norm)).__name__)
-        if chain.activation is not None:
-            parts.append(activations.name_of(chain.activation))
-        return " -> ".join(parts)
-
-    def record(self, path: str, source: str, target: nn.Module) -> None:
-        text = repr(target).split("(", 1)
-        name = getattr(target, "activation", None)
-        detail = "" if name is None else f", {activations.name_of(name)}"
-        rule = getattr(target, "rule", None)
-        centered = ", centered" if rule is not None and rule.centered else ""
-        self.owner.report.replaced.append(Site(self.path(path), source, text[0] + detail + centered))
-
-    def build_layer(self, chain: _Chain, head: fx.Node) -> nn.Module:
-        source = tracing.weight_source(self.graph_module, head)
-        assert source is not None
-        path, layer = source
-        kind = next(new for old, new in _LAYERS.items() if isinstance(layer, old))
-        norm: Any = None if chain.norm is None else self.module(chain.norm)
-        name = self.chain_name(chain, head)
-        if head.op == "call_function":  # F.conv2d(x, self.weight, ...): its padding is the call's
-            layer = copy.copy(layer)
-            if isinstance(layer, nn.modules.conv._ConvNd):
-                layer.padding = head.args[4] if len(head.args) > 4 else head.kwargs.get("padding", 0)  # type: ignore
-        if self.preserve:
-            new = self._preserved(kind, layer, norm, chain.activation)
-        else:
-            bias = norm is not None or layer.bias is not None
-            rule = self.layer_rule(layer, chain.first)
-            new = kind.from_parent(layer, chain.activation, rule, bias)  # type: ignore[attr-defined]
-            self.fresh_weight(new)
-        self.hand_over(path, layer, chain.norm, new)
-        if chain.norm is not None:
-            self.owner.absorbed.add(self.path(self.local(chain.norm)))
-        new._forward_hooks = layer._forward_hooks
-        new._forward_pre_hooks = layer._forward_pre_hooks
-        self.record(path, name, new)
-        return new
-
-    def layer_rule(self, layer: Any, first: bool) -> NormRule:
-        view = functional.row_view(
-            layer.weight, getattr(layer, "transposed", False), getattr(layer, "groups", 1)
-        )
-        units = view.shape[0] * (view.shape[2] if getattr(layer, "transposed", False) else 1)
-        return self.owner.rule.at(layer.weight.numel() // max(1, units), first)
-
-    def fresh_weight(self, layer: Any) -> None:
-        """Rows of length 1; a weight with a zero row (zero-initialised) is drawn anew."""
-        with torch.no_grad():
-            layer.project_()
-            rows = functional.row_view(layer.weight, layer.transposed, layer.groups)
-            dims = (1, *range(3, rows.ndim)) if layer.transposed else tuple(range(1, rows.ndim))
-            if not bool((torch.linalg.vector_norm(rows, dim=dims) > 0).all()) and not layer.weight.is_meta:
-                layer.reset_parameters()
-
-    def hand_over(self, path: str, layer: Any, norm: fx.Node | None, new: Any) -> None:
-        """Which parameter took whose place, and requires_grad."""
-        full = self.path(path)
-        if hasattr(layer, "weight") and not tracing.is_batch_norm(layer):
-            self.owner.moved[f"{full}.weight"] = f"{full}.weight"
-            if layer.bias is not None:
-                self.owner.moved[f"{full}.bias"] = f"{full}.bias" if norm is None else None
-                if norm is None and new.bias is not None:
-                    new.bias.requires_grad_(layer.bias.requires_grad)
-        if norm is None:
-            return
-        module: Any = self.module(norm)
-        place = self.path(self.local(norm))
-        for theirs, ours in (("weight", "gain"), ("bias", "bias")):
-            parameter = getattr(module, theirs)
-            if parameter is not None and getattr(new, ours) is not None:
-                self.owner.moved[f"{place}.{theirs}"] = f"{full}.{ours}"
-                getattr(new, ours).requires_grad_(parameter.requires_grad)
-
-    @torch.no_grad()
-    def _preserved(self, kind: Any, layer: Any, norm: Any, activation: nn.Module | None) -> Any:
-        new = kind.from_parent(layer, activation, _PRESERVE)
-        gain, bias = _affine_of(norm)
-        rows = functional.row_view(layer.weight.double(), new.transposed, new.groups)
-        dims = (1, *range(3, rows.ndim)) if new.transposed else tuple(range(1, rows.ndim))
-        length = torch.linalg.vector_norm(rows, dim=dims).flatten()
-        if layer.bias is not None:
-            bias = bias + gain * layer.bias.double()
-        new.gain.copy_(gain * length / new.stretch)
-        new.bias.copy_(bias)
-        return new
-
-    def build_activation(self, chain: _Chain, head: fx.Node) -> nn.Module:
-        norm: Any = self.module(head)
-        phi = chain.activation if chain.activation is not None else nn.Identity()
-        rule = _PRESERVE if self.preserve else self.owner.rule
-        like = norm.running_mean if norm.running_mean is not None else norm.weight
-        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        new = modules.NormalizedActivation(phi, norm.num_features, rule, **place)
-        name = self.chain_name(chain, head)
-        if self.preserve:
-            gain, bias = _affine_of(norm)
-            with torch.no_grad():
-                assert new.gain is not None
-                assert new.bias is not None
-                new.gain.copy_(gain)
-                new.bias.copy_(bias)
-        self.hand_over(str(head.target), norm, head, new)
-        self.record(str(head.target), name, new)
-        return new.train(norm.training)
-
-    # Fresh: everything between the layers -------------------------------------------------------
-
-    def rewrite_fresh(self, chains: dict[fx.Node, _Chain]) -> None:
-        joins = self.find_joins()
-        gates = self.find_gates()
-        phis = {top: tracing.activation_of(top, self.module(top)) for _, top in gates.values()}
-        inner = {n for c in chains.values() for n in (c.weight, c.norm, c.act)}
-        walk = Walk(self.graph_module)
-        for node in self.nodes:
-            if node in chains:
-                walk.visit(self.rewrite(chains[node], walk))
-            elif node in phis:  # the gate applies it
-                node.replace_all_uses_with(tensor_inputs(node)[0])
-                self.graph.erase_node(node)
-            elif node not in inner:
-                if node in gates:
-                    index, top = gates[node]
-                    node = self.rewrite_gate(node, index, phis[top], walk)
-                elif node in joins:
-                    node = self.rewrite_join(node, *joins[node], walk)
-                elif key(node) == "cat" and isinstance(node.args[0], (list, tuple)):
-                    parts = [self.ready(n, walk) if isinstance(n, fx.Node) else n for n in node.args[0]]
-                    node.args = (parts, *node.args[1:])
-                else:
-                    node = self.rewrite_pool(node, walk)
-                if node not in walk.signals:
-                    walk.visit(node)
-
-    def ready(self, node: fx.Node, walk: Walk) -> fx.Node:
-        """The node, or a Standardize behind it if its signal is not at mean 0, variance 1."""
-        if node in self.ready_nodes:
-            return self.ready_nodes[node]
-        signal = walk.signals.get(node)
-        if signal is None or node.op in ("placeholder", "get_attr"):
-            return node
-        mean, std = signal.mean, signal.std
-        fine = abs(mean) <= _TOLERANCE and abs(std - 1) <= _TOLERANCE
-        if fine or not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
-            return node
-        path = self.install(node, "standardize", merges.Standardize(mean, std))
-        with self.graph.inserting_after(node):
-            new = self.graph.call_module(path, (node,))
-        new.meta = dict(node.meta)
-        walk.visit(new)
-        self.ready_nodes[node] = new
-        return new
-
-    def install(self, node: fx.Node, name: str, module: nn.Module, source: str = "") -> str:
-        """Place a new module beside the code that it serves; the same in both modes' graphs."""
-        where = tracing.owner(node)
-        if node.op == "call_module" and _has(self.graph_module, where.rpartition(".")[0]):
-            where = where.rpartition(".")[0]
-        base = f"{where}.{name}" if where else name
-        ordinal = 0
-        path = base
-        while self.owner.new.get(self.path(path)) is not None or _has(self.graph_module, path):
-            ordinal += 1
-            known = self.owner.new.get(self.path(path))
-            if known is not None and repr(known) == repr(module) and path not in self.calls:
-                module = known
-                break
-            path = f"{base}_{ordinal}"
-        self.owner.new[self.path(path)] = module
-        self.calls[path] = []
-        _place(self.graph_module, path, module)
-        if source and not any(s.path == self.path(path) for s in self.owner.report.replaced):
-            self.record(path, source, module)
-        return path
-
-    def find_joins(self) -> dict[fx.Node, tuple[int | None, int]]:
-        """Sums of two branches: (position of the trunk, blocks in its run); None if neither is the trunk."""
-        trunks: dict[fx.Node, int | None] = {}
-        for node in self.nodes:
-            pair = node.args
-            if key(node) != "add" or len(pair) != 2 or not all(isinstance(a, fx.Node) for a in pair):
-                continue
-            a, b = pair
-            assert isinstance(a, fx.Node)
-            assert isinstance(b, fx.Node)
-            if a is b or shape(a) != shape(b) or not (self.behind_weight(a) and self.behind_weight(b)):
-                continue
-            value = node.meta.get("value")
-            if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
-                continue
-            before = self.ancestors(a), self.ancestors(b)
-            common = before[0] & before[1]
-            if common not in before:
-                trunks[node] = None
-            else:
-                trunk = before.index(common)
-                if before[1 - trunk] & ~before[trunk] & self.weight_mask():
-                    trunks[node] = trunk
-        run: dict[fx.Node, fx.Node] = {}
-        for node, trunk in trunks.items():
-            if trunk is not None:
-                top = node.args[trunk]
-                assert isinstance(top, fx.Node)
-                while top not in trunks and len(tensor_inputs(top)) == 1 and self.passes(top):
-                    top = tensor_inputs(top)[0]
-                run[node] = run.get(top, node)
-        blocks = Counter(run.values())
-        return {node: (trunk, blocks[run[node]] if node in run else 0) for node, trunk in trunks.items()}
-
-    def passes(self, node: fx.Node) -> bool:
-        """Whether a trunk goes on through a node."""
-        module = self.module(node)
-        return (
-            key(node) in _PASSING
-            or tracing.activation_of(node, module) is not None
-            or isinstance(module, (nn.Identity, nn.Dropout))
-        )
-
-    def rewrite_join(self, node: fx.Node, trunk: int | None, blocks: int, walk: Walk) -> fx.Node:
-        ends: list[Any] = [node.args[trunk or 0], node.args[1 - (trunk or 0)]]
-        there, here = (walk.signals.get(n) for n in ends)
-        if there is None or here is None:
-            return node
-        if trunk is not None and here.std < _TINY * there.std:
-            return node
-        ends[1] = self.ready(ends[1], walk)
-        if trunk is None or not 0.4 <= there.rms <= 2.0:
-            ends[0] = self.ready(ends[0], walk)
-        module = merges.NormalizedAdd() if trunk is None else merges.NormalizedAdd.residual(blocks)
-        return self.replace(node, self.install(node, "add", module, "add"), tuple(ends))
-
-    def rewrite_gate(self, node: fx.Node, index: int, phi: nn.Module | None, walk: Walk) -> fx.Node:
-        ends: list[Any] = [node.args[1 - index], node.args[index]]
-        if any(walk.signals.get(n) is None for n in ends):
-            return node
-        ends = [self.ready(n, walk) for n in ends]
-        assert phi is not None
-        gate = merges.NormalizedGate(_out_of_place(phi))
-        source = f"{activations.name_of(phi)} -> mul"
-        return self.replace(node, self.install(node, "gate", gate, source), tuple(ends))
-
-    def rewrite_pool(self, node: fx.Node, walk: Walk) -> fx.Node:
-        """A pool, an average over all positions or an upsampling as its normalised twin; else the node."""
-        module = self.module(node)
-        source = next(iter(tensor_inputs(node)), None)
-        if source is None or walk.signals.get(source) is None:
-            return node
-        pool = _normalized_pool(node, module, self.phi_before(source))
-        if pool is None:
-            return node
-        name = type(module).__name__ if module is not None else key(node)
-        source = self.ready(source, walk)
-        if module is not None:
-            path = str(node.target)
-            known = self.owner.new.get(self.path(path))
-            if known is None:
-                self.owner.new[self.path(path)] = known = pool.train(module.training)
-                self.record(path, name, known)
-            _place(self.graph_module, path, known)
-        else:
-            path = self.install(node, "pool", pool, name)
-        new = self.replace(node, path, (source,))
-        if key(node) == "mean" and not _argument(node, 2, "keepdim", False):
-            walk.visit(new)
-            with self.graph.inserting_after(new):
-                flat = self.graph.call_function(torch.flatten, (new, 1))
-            flat.meta = dict(new.meta)
-            new.replace_all_uses_with(flat)
-            flat.args = (new, 1)
-            if isinstance(value := new.meta.get("value"), Tensor):
-                new.meta["value"] = value[..., None, None]
-            return flat
-        return new
-
-    def replace(self, node: fx.Node, path: str, args: tuple[Any, ...]) -> fx.Node:
-        with self.graph.inserting_before(node):
-            new = self.graph.call_module(path, args)
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
-        return new
-
-    def phi_before(self, node: fx.Node) -> nn.Module | None:
-        """The activation whose normalised output a map is, seen through concats and other pools."""
-        for _ in range(8):
-            module = self.module(node)
-            phi = getattr(module, "activation", None)
-            if isinstance(phi, nn.Module) and hasattr(module, "rule"):
-                return _out_of_place(phi)
-            found = tracing.activation_of(node, module)
-            if found is not None:
-                return _out_of_place(found)
-            inputs = tensor_inputs(node)
-            if not inputs or hasattr(module, "rule"):
-                return None
-            node = inputs[0]
-        return None
-
-
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | None) -> nn.Module | None:
-    """The normalised twin of a pool; None if the node is none, or returns indices."""
-    kind = type(module).__name__ if module is not None else key(node)
-    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.return_indices:
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        return getattr(merges, f"Normalized{kind}")(
-            **{n: getattr(module, n) for n in names}, activation=phi
-        )
-    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        return getattr(merges, f"Normalized{kind}")(**{n: getattr(module, n) for n in names})
-    if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-        return getattr(merges, f"Normalized{kind}")(module.output_size)
-    if isinstance(module, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)):
-        return getattr(merges, f"Normalized{kind}")(module.output_size, activation=phi)
-    if type(module) is nn.Upsample and module.mode != "nearest":
-        return merges.NormalizedUpsample(
-            module.size, module.scale_factor, module.mode, module.align_corners
-        )
-    if module is not None or node.op not in ("call_function", "call_method"):
-        return None
-    rest = dict(zip(_POOL_ARGUMENTS.get(kind, ()), node.args[1:], strict=False)) | {
-        name: value
-        for name, value in node.kwargs.items()
-        if name not in ("input", "return_indices", "inplace")
-    }
-    if any(isinstance(value, fx.Node) for value in rest.values()) or node.kwargs.get("return_indices"):
-        return None
-    if kind.startswith("max_pool"):
-        return getattr(merges, f"NormalizedMaxPool{kind[-2:]}")(**rest, activation=phi)
-    if kind.startswith("avg_pool"):
-        return getattr(merges, f"NormalizedAvgPool{kind[-2:]}")(**rest)
-    if kind.startswith("adaptive_avg_pool"):
-        return getattr(merges, f"NormalizedAdaptiveAvgPool{kind[-2:]}")(**rest)
-    if kind.startswith("adaptive_max_pool"):
-        return getattr(merges, f"NormalizedAdaptiveMaxPool{kind[-2:]}")(**rest, activation=phi)
-    if kind == "mean":
-        dims = _argument(node, 1, "dim", None)
-        size = shape(tensor_inputs(node)[0])
-        spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
-        if spatial and size is not None and len(size) == 4:
-            return merges.NormalizedAdaptiveAvgPool2d(1)
-    return None
-
-
-_POOL_ARGUMENTS = {
-    **{f"max_pool{d}d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode") for d in (1, 2, 3)},
-    **{
-        f"avg_pool{d}d": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        for d in (1, 2, 3)
-    },
-    **{f"adaptive_{m}_pool{d}d": ("output_size",) for m in ("avg", "max") for d in (1, 2, 3)},
-}
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _out_of_place(activation: nn.Module) -> nn.Module:
-    """The activation for a layer of its own: learned slopes shared, nothing written in place."""
-    if activations.is_learned(activation):
-        return activation
-    activation = copy.deepcopy(activation)
-    if getattr(activation, "inplace", False):
-        activation.inplace = False  # type: ignore[assignment]
-    return activation
-
-
-def _affine_of(norm: Any) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm does in eval mode: ``gain * x + bias``, float64."""
-    gain = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        gain = gain * norm.weight.double()
-    bias = -norm.running_mean.double() * gain
-    return gain, bias if norm.bias is None else bias + norm.bias.double()

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from normprop import activations, functional
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
+from normprop.merges import Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes
@@ -121,6 +122,14 @@ class Walk:
             return self._weight_layer(node, first, len(inputs))
         if isinstance(module, NormalizedActivation):
             return self._normalized_activation(node, module, first)
+        if isinstance(module, Standardize):
+            ratio = module.std / max(first.std, 1e-9)
+            if not (0.8 < ratio < 1.25 and abs(module.mean - first.mean) < 0.2 * module.std):
+                self.notes[node] = (
+                    f"its constants ({module.mean:.3g}, {module.std:.3g}) were measured; "
+                    f"by formula {first.mean:.3g}, {first.std:.3g}"
+                )
+            return first.standardized(), [1 / module.std**2]  # they are what is known of the map
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
@@ -143,7 +152,8 @@ class Walk:
             return self._arithmetic(node, what, inputs)
         if what in ("cat", "stack"):
             sizes = [math.prod(shape(n) or (1,)) for n in inputs]
-            return Signal.mixture([self._signal(n) for n in inputs], sizes), [1.0] * len(inputs)
+            shares = [size / sum(sizes) for size in sizes]
+            return Signal.mixture([self._signal(n) for n in inputs], shares), shares
         if what == "pad":
             return self._pad(node, inputs[0])
         pooled = self._pool(node, module, what, inputs[0])
@@ -165,8 +175,7 @@ class Walk:
             return Signal.gaussian(value.mean, value.std / math.sqrt(tokens)), [0.0, 0.0, 1.0 / tokens]
         if isinstance(module, nn.Upsample) or what in ("interpolate", "upsample"):
             self.notes[node] = "interpolation: variance taken as kept"
-            grown = math.prod(shape(node) or (1,)) / math.prod(shape(inputs[0]) or (1,))
-            return first, [grown]
+            return first, [1.0]
         if len(inputs) == 1 and len(tensor_inputs(node)) == 1 and module is None:
             try:  # any other function that acts on each element alone
                 return self._elementwise(node, module, inputs[0])

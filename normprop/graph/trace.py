@@ -193,6 +193,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) 
     inputs = None
     if example is not None:
         inputs = tuple(t.to("meta") for t in (example if isinstance(example, tuple) else (example,)))
+    if hasattr(model, "by_mode"):
+        model = model.graphs[model.training]  # type: ignore[index, operator]
     before = set(vars(model))
     try:
         tracer = _Tracer(model, inputs)
@@ -325,7 +327,8 @@ def weight_source(graph_module: nn.Module, node: fx.Node) -> tuple[str, nn.Modul
     """Path and module of a weight layer that a node computes; ``F.conv2d(x, self.weight)`` counts."""
     module = module_of(graph_module, node)
     if module is not None:
-        return (str(node.target), module) if is_weight_layer(module) or hasattr(module, "gain") else None
+        ours = isinstance(module, WEIGHT_LAYERS) and hasattr(module, "gain")
+        return (str(node.target), module) if ours or is_weight_layer(module) else None
     if node.op != "call_function" or key(node) not in _FUNCTIONAL_WEIGHTS or len(node.args) < 2:
         return None
     weight = node.args[1]

@@ -55,7 +55,9 @@ def input_size(model: nn.Module, text: str | None) -> tuple[int, ...]:
     except ValueError:
         size = ()
     if not size or min(size) < 1:
-        raise InputError(f"--input-size {text}: expected whole numbers above 0 joined by x, such as 3x224x224")
+        raise InputError(
+            f"--input-size {text}: expected whole numbers above 0 joined by x, such as 3x224x224"
+        )
     return size
 
 
@@ -63,8 +65,8 @@ def _from_torchvision(spec: str, name: str) -> nn.Module:
     models = _package(spec, "torchvision").models
     _check_name(spec, name, models.list_models())
     # Some builders load a pretrained backbone unless told not to.
-    builder = models.get_model_builder(name)
-    options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    known = inspect.signature(models.get_model_builder(name)).parameters
+    options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in known else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of how two of them will be initialised one day
         return models.get_model(name, weights=None, **options)
