@@ -1185,17 +1185,22 @@ def normalized_gate(
     return x * (module(z) / rms)
 
 
-def _gate_rms(phi: nn.Module) -> Any:
-    """Root of E[phi(z)^2], z ~ N(0, 1): a float, or a tensor if phi has parameters."""
-    found = activations.moments(phi)
+def _gate_rms(phi: nn.Module, std: float = 1.0) -> Any:
+    """Root of E[phi(z)^2], z ~ N(0, std^2): a float, or a tensor if phi has parameters."""
+    found = activations.moments(phi, std=std)
     return (found.var + found.mean**2) ** 0.5
 
 
 class NormalizedGate(nn.Module):
-    """``x * phi(z) / rms``, rms the root of E[phi(z)^2] for z ~ N(0, 1): :func:`normalized_gate`.
+    """``x * phi(z) / rms``, rms the root of E[phi(z)^2] for z ~ N(0, std^2): :func:`normalized_gate`.
+
+    A gate multiplies whole channels of a sample by one random number, and the gates of a deep
+    network multiply each other: with std 1/sqrt(gates) their product stays bounded at any depth
+    (docs/method.md, section 10).
 
     Args:
         phi: As a layer takes an activation; of a learned one the rms follows the parameters.
+        std: Of z: the gain with which the layer before it starts.
 
     Shape:
         x of any shape and z that is broadcastable to it, to the shape of x.
@@ -1208,25 +1213,33 @@ class NormalizedGate(nn.Module):
         tensor([0.9231])
     """
 
-    def __init__(self, phi: Any = "sigmoid") -> None:
+    def __init__(self, phi: Any = "sigmoid", *, std: float = 1.0) -> None:
         super().__init__()
         self.phi = activations.as_module(phi)
-        self.rms: float | None = None if activations.is_learned(self.phi) else _gate_rms(self.phi)
+        self.std = float(std)
+        if not (math.isfinite(self.std) and self.std >= 0):
+            raise ValueError(f"std must be finite and at least 0, got {std}")
+        learned = activations.is_learned(self.phi)
+        self.rms: float | None = None if learned else _gate_rms(self.phi, self.std)
         if self.rms is not None and not self.rms > 0:
             raise ValueError(f"phi must not be 0 everywhere, got {activations.name_of(self.phi)}")
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return normalized_gate(x, z, self.phi, self.rms)
+        return normalized_gate(x, z, self.phi, self._rms())
+
+    def _rms(self) -> Any:
+        return _gate_rms(self.phi, self.std) if self.rms is None else self.rms
 
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """For (x, z): the product's signal, E[(phi/rms)^2], and E[x^2] E[phi'^2]/rms^2."""
         x, z = signals
-        rms = self.rms
-        if rms is None:
-            with torch.no_grad():
-                rms = float(_gate_rms(self.phi).mean())
+        with torch.no_grad():
+            rms = float(torch.as_tensor(self._rms()).mean())
         gate, slope = z.apply(_of_one_variable(self.phi))
         return x.times(gate.affine(1 / rms)), ((gate.rms / rms) ** 2, x.rms**2 * slope / rms**2)
+
+    def extra_repr(self) -> str:
+        return f"std={self.std:.4g}"
 
 
 def standardize(x: Tensor, mean: float, std: float) -> Tensor:

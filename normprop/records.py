@@ -162,6 +162,9 @@ class SignalTrace:
         axes = figure.subplots(panels, 1, sharex=True)
         for axis, column in zip(axes, _COLUMNS, strict=False):
             _draw(axis, column, pairs, self.predicted is not None)
+        if self.predicted is not None:
+            lines = axes[0].get_legend_handles_labels()
+            figure.legend(*lines, loc="outside upper right", ncols=2, frameon=False, fontsize=8)
         if details:
             _draw_fractions(axes[-1], pairs, details)
         _label_depth(axes, [record for record, _ in pairs], width)
@@ -189,15 +192,17 @@ def _draw(axis: Any, column: str, pairs: list[tuple[Record, Record | None]], bot
         axis.plot(depth, measured, "o", color=MEASURED, markersize=4, label="measured")
     else:
         axis.plot(depth, measured, "o-", color=MEASURED, markersize=4, linewidth=1.5)
+    axis.axhline(float(column != "mean"), color="#7a7a7a", linewidth=0.8, zorder=0)
     positive = [v for v in (*measured, *predicted) if math.isfinite(v) and v > 0]
     if column == "mean":
-        axis.axhline(0, color="#7a7a7a", linewidth=0.8, zorder=0)
+        stds = [v for record, _ in pairs if math.isfinite(v := _plottable(record.std))]
+        low, high = axis.get_ylim()
+        room = 0.1 * max(stds, default=1.0)  # less is next to nothing, and should look like it
+        axis.set_ylim(min(low, -room), max(high, room))
+    elif positive and (column == "gradient" or max(positive) > 20 * min(positive)):
+        _scale_by_logarithm(axis, max(positive) / min(positive))
     else:
-        axis.axhline(1, color="#7a7a7a", linewidth=0.8, zorder=0)
-        if positive and (column == "gradient" or max(positive) > 20 * min(positive)):
-            _scale_by_logarithm(axis, max(positive) / min(positive))
-        else:
-            axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max([1.0, *positive]))
     axis.set_ylabel(_LABELS[column])
 
 
@@ -211,7 +216,7 @@ def _scale_by_logarithm(axis: Any, span: float) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0, 3.0)))
         axis.yaxis.set_major_formatter("{x:g}")
     low, high = axis.get_ylim()
-    axis.set_ylim(low / 1.5, high * 1.5)  # a tenth more or less is not a gulf
+    axis.set_ylim(low / 2, high * 2)  # a tenth more or less is not a gulf
 
 
 def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names: list[str]) -> None:
@@ -220,6 +225,7 @@ def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names:
         marker, color, label = _FRACTIONS[name]
         values = [_plottable(record.details.get(name)) for record, _ in pairs]
         axis.plot(range(len(pairs)), values, marker, color=color, markersize=6, label=label)
+    axis.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=8)
     axis.set_ylim(-0.05, 1.05)
     axis.set_ylabel("units, rows")
 
@@ -233,9 +239,6 @@ def _label_depth(axes: Any, records: list[Record], width: float) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in (axes[0], axes[-1]):
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=8)
     parts = _parts(records)
     if 1 < len(parts) <= 1.5 * width and len(records) >= 3 * len(parts):
         for index, (name, start, end) in enumerate(parts):

@@ -39,8 +39,8 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
+        x.add_(1.0)
         x.relu_()
-        x += 1.0
         return F.linear(x, self.b.weight) * 3
 
 
@@ -55,8 +55,8 @@ def test_moments_are_those_of_numpy_and_scipy():
     net, x = InPlace(), torch.randn(50, 6)
     trace = measure(net, x)
     z = net.a(x).detach()
-    expected = {"x": x, "a": z, "relu_": z.relu(), "iadd": z.relu() + 1}
-    expected["linear"] = expected["iadd"] @ net.b.weight.detach().T
+    expected = {"x": x, "a": z, "add_": z + 1, "relu_": (z + 1).relu()}
+    expected["linear"] = expected["relu_"] @ net.b.weight.detach().T
     expected["mul"] = expected["linear"] * 3
     assert [record.name for record in trace] == list(expected)
     for name, values in expected.items():
@@ -72,11 +72,11 @@ def test_gradients_are_those_of_autograd():
     net, x = InPlace(), torch.randn(1, 6).requires_grad_()
     trace = measure(net, x)
     a = net.a(x)
-    relu = a.relu()
-    added = relu + 1
-    linear = F.linear(added, net.b.weight)
+    added = a + 1
+    relu = added.relu()
+    linear = F.linear(relu, net.b.weight)
     output = linear * 3
-    for name, node in {"x": x, "a": a, "relu_": relu, "iadd": added, "linear": linear}.items():
+    for name, node in {"x": x, "a": a, "add_": added, "relu_": relu, "linear": linear}.items():
         (grad,) = torch.autograd.grad(output.sum(), node, retain_graph=True)
         assert trace[name].gradient == pytest.approx(grad.norm().item(), rel=1e-5)
     assert trace["mul"].gradient == pytest.approx(1.0)
@@ -85,13 +85,12 @@ def test_gradients_are_those_of_autograd():
 def test_the_gradient_of_several_outputs_counts_each_as_1():
     class Two(nn.Module):
         def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"a": x * 3, "b": (x[:, :2] * 4, "text")}
+            return {"a": x[:, 2:] * 3, "b": (x[:, :2] * 4, "text")}
 
     trace = measure(Two(), torch.randn(5, 7))
     assert trace["mul"].gradient == pytest.approx(1.0)
     assert trace["mul_1"].gradient == pytest.approx(1.0)
-    # Of two random directions, 25 elements apart: 5 standard deviations of their product.
-    assert abs(trace["x"].gradient - 5.0) < 5 * 12 / math.sqrt(10) / 5
+    assert trace["x"].gradient == pytest.approx(5.0)  # they read different elements: 3, 4, 5
 
 
 def test_dead_units_are_counted_per_channel():
@@ -318,7 +317,8 @@ def test_prediction_and_measurement_agree(build):
     for measured, predicted in zip(trace, trace.predicted, strict=True):
         assert measured.shape == predicted.shape
         assert max(measured.std / predicted.std, predicted.std / measured.std) < 1.1, measured.name
-        assert abs(measured.mean - predicted.mean) < 0.1, measured.name
+        # Channels' means differ, and the last layer has 32 rows to weigh them: 1/sqrt(32) = 0.18.
+        assert abs(measured.mean - predicted.mean) < 0.18, measured.name
         ratio = measured.gradient / predicted.gradient
         assert max(ratio, 1 / ratio) < 1.15, measured.name
 
@@ -378,7 +378,7 @@ def test_too_few_inputs_and_code_that_looks_at_shapes():
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(TraceError, match="torch.fx cannot follow Branching"):
+    with pytest.raises(TraceError, match="cannot follow Branching"):
         measure(Branching(), torch.ones(2, 4))
 
 

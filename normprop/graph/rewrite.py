@@ -124,6 +124,7 @@ class _Chain:
     act: fx.Node | None
     activation: nn.Module | None
     first: bool = False
+    gate: bool = False
 
     @property
     def end(self) -> fx.Node:
@@ -154,7 +155,8 @@ class Rewriter:
         for node in self.nodes:
             if node.op == "call_module":
                 self.calls[str(node.target)].append(node)
-        self.ordinals: dict[tuple[str, str], int] = defaultdict(int)
+        self.gate_gain = 1.0
+        self.gated: set[fx.Node] = set()
 
     def run(self) -> fx.GraphModule:
         chains = self.find_chains()
@@ -227,7 +229,7 @@ class Rewriter:
         """Take in the activation behind the chain's end."""
         inside = getattr(self.module(chain.norm), "act", None) if chain.norm is not None else None
         if inside is not None and not isinstance(inside, nn.Identity):
-            chain.activation = _out_ofplace(inside)
+            chain.activation = _out_of_place(inside)
             return
         user = _only_user(chain.end)
         if user is None or user in gates:
@@ -236,7 +238,7 @@ class Rewriter:
         if activation is None or isinstance(activation, nn.Identity):
             return
         try:
-            chain.activation = activations.as_module(_out_ofplace(activation))
+            chain.activation = activations.as_module(_out_of_place(activation))
             chain.act = user
         except (ValueError, TypeError):
             return
@@ -437,6 +439,9 @@ class Rewriter:
             rule = self.layer_rule(layer, chain.first)
             new = kind.from_parent(layer, chain.activation, rule, bias)  # type: ignore[attr-defined]
             self.fresh_weight(new)
+            if chain.gate:
+                new.initial_gain = self.gate_gain
+                nn.init.constant_(new.gain, new.initial_gain)
         self.hand_over(path, layer, chain.norm, new)
         if chain.norm is not None:
             self.owner.absorbed.add(self.path(self.local(chain.norm)))
@@ -517,6 +522,15 @@ class Rewriter:
     def rewrite_fresh(self, chains: dict[fx.Node, _Chain]) -> None:
         joins = self.find_joins()
         gates = self.find_gates()
+        self.gate_gain = 1 / max(1, len(gates))
+        for node, (_, top) in gates.items():
+            before = tensor_inputs(top)[0]
+            while key(before) in _PASSING and len(before.users) == 1:
+                before = tensor_inputs(before)[0]
+            chain = next((c for c in chains.values() if c.end is before), None)
+            if chain is not None and chain.weight is not None and chain.activation is None:
+                chain.gate = True
+                self.gated.add(node)
         phis = {top: tracing.activation_of(top, self.module(top)) for _, top in gates.values()}
         inner = {n for c in chains.values() for n in (c.weight, c.norm, c.act)}
         for node in self.nodes:
@@ -646,9 +660,12 @@ class Rewriter:
         ends: list[Any] = [node.args[1 - index], node.args[index]]
         if any(self.flow.moments(n) is None for n in ends):
             return node
-        ends = [self.ready(n) for n in ends]
+        ends[0] = self.ready(ends[0])
+        std = self.gate_gain if node in self.gated else 1.0
+        if std == 1.0:
+            ends[1] = self.ready(ends[1])
         assert phi is not None
-        gate = merges.NormalizedGate(_out_ofplace(phi))
+        gate = merges.NormalizedGate(_out_of_place(phi), std=std)
         source = f"{activations.name_of(phi)} -> mul"
         return self.replace(node, self.install(node, "gate", gate, source), tuple(ends))
 
@@ -712,10 +729,10 @@ class Rewriter:
             module = self.module(node)
             phi = getattr(module, "activation", None)
             if isinstance(phi, nn.Module) and hasattr(module, "rule"):
-                return _out_ofplace(phi)
+                return _out_of_place(phi)
             found = tracing.activation_of(node, module)
             if found is not None:
-                return _out_ofplace(found)
+                return _out_of_place(found)
             inputs = tensor_inputs(node)
             if not inputs or hasattr(module, "rule"):
                 return None
@@ -800,7 +817,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _out_ofplace(activation: nn.Module) -> nn.Module:
+def _out_of_place(activation: nn.Module) -> nn.Module:
     """The activation for a layer of its own: learned slopes shared, nothing written in place."""
     if activations.is_learned(activation):
         return activation
