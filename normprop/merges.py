@@ -49,7 +49,9 @@ def _expect(count: int, what: str, got: int) -> None:
         raise ValueError(f"expected {count} {what}, got {got}")
 
 
-def normalized_add(branches: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
+def normalized_add(
+    branches: Sequence[Tensor], weights: Sequence[float] | Tensor, stds: Sequence[float] | None = None
+) -> Tensor:
     r"""The weighted sum of independent branches of variance 1 that has variance 1.
 
     .. math:: y = \frac{\sum_i w_i x_i}{\sqrt{\sum_i w_i^2}}
@@ -57,6 +59,7 @@ def normalized_add(branches: Sequence[Tensor], weights: Sequence[float] | Tensor
     Args:
         branches: Tensors of one shape.
         weights: One a branch: numbers, or a tensor of shape ``(branches,)``, which may have gradients.
+        stds: One a branch, by which it is divided first; 1 if None.
 
     Returns:
         Shape and dtype of the branches.
@@ -72,16 +75,28 @@ def normalized_add(branches: Sequence[Tensor], weights: Sequence[float] | Tensor
         if isinstance(weights, Tensor):
             _expect(len(weights), "branches", len(branches))
         shares = (weights / torch.linalg.vector_norm(weights)).unbind(0)
-        total = branches[0] * shares[0]
+        scales = [1.0] * len(branches) if stds is None else [1 / std for std in stds]
+        total = branches[0] * (shares[0] * scales[0])
         for index, branch in enumerate(branches[1:], 1):
-            total = total + branch * shares[index]
+            total = total + branch * (shares[index] * scales[index])
         return total
-    unit = _unit(weights)
-    _expect(len(unit), "branches", len(branches))
-    total = branches[0] * unit[0]
-    for weight, branch in zip(unit[1:], branches[1:], strict=True):
-        total = torch.add(total, branch, alpha=weight)
+    factors = _factors(_unit(weights), stds)
+    _expect(len(factors), "branches", len(branches))
+    # A branch with factor 1 comes first: one operation less.
+    order = sorted(range(len(factors)), key=lambda index: factors[index] != 1.0)
+    first = order[0]
+    total = (
+        branches[first] if factors[first] == 1.0 and len(order) > 1 else branches[first] * factors[first]
+    )
+    for index in order[1:]:
+        total = torch.add(total, branches[index], alpha=factors[index])
     return total
+
+
+def _factors(unit: Sequence[float], stds: Sequence[float] | None) -> list[float]:
+    """What each branch is multiplied by; exactly 1 where weight and std are the same but for rounding."""
+    factors = [weight / std for weight, std in zip(unit, stds or [1.0] * len(unit), strict=True)]
+    return [1.0 if abs(factor - 1) < 1e-12 else factor for factor in factors]
 
 
 class NormalizedAdd(nn.Module):
@@ -97,6 +112,8 @@ class NormalizedAdd(nn.Module):
         weights: One a branch, in the order of ``forward``'s arguments; their length is irrelevant.
         learnable: Whether they are trained: parameter ``weight``, shape ``(branches,)``, divided by
             its length in ``forward``.
+        stds: Of the branches, where they are not of variance 1: each is divided by its own. A branch
+            whose last layer starts with its weight as gain costs no operation.
         drop_prob: Stochastic depth (Huang et al., ECCV 2016) for (trunk, branch): in training a
             sample's branch is dropped with this probability and its trunk then passes with weight 1,
             so that the variance stays 1.
@@ -115,10 +132,19 @@ class NormalizedAdd(nn.Module):
     """
 
     def __init__(
-        self, weights: Sequence[float] = (1.0, 1.0), *, learnable: bool = False, drop_prob: float = 0.0
+        self,
+        weights: Sequence[float] = (1.0, 1.0),
+        *,
+        learnable: bool = False,
+        stds: Sequence[float] | None = None,
+        drop_prob: float = 0.0,
     ) -> None:
         super().__init__()
         self.initial = _unit(weights)
+        self.stds = (1.0,) * len(self.initial) if stds is None else tuple(float(std) for std in stds)
+        _expect(len(self.initial), "stds", len(self.stds))
+        if not all(math.isfinite(std) and std > 0 for std in self.stds):
+            raise ValueError(f"stds must be finite and above 0, got {self.stds}")
         if not 0 <= drop_prob <= 1:
             raise ValueError(f"drop_prob must be in [0, 1], got {drop_prob}")
         if drop_prob > 0 and len(self.initial) != 2:
@@ -137,7 +163,14 @@ class NormalizedAdd(nn.Module):
                 self.weight.copy_(torch.tensor(self.initial))
 
     @classmethod
-    def residual(cls, blocks: int, *, learnable: bool = False, drop_prob: float = 0.0) -> NormalizedAdd:
+    def residual(
+        cls,
+        blocks: int,
+        *,
+        learnable: bool = False,
+        stds: Sequence[float] | None = None,
+        drop_prob: float = 0.0,
+    ) -> NormalizedAdd:
         """For (trunk, branch) in a stack of ``blocks`` residual blocks: a^2 = 1/blocks.
 
         A single block has two equal weights: a^2 = 1 would leave nothing of its trunk.
@@ -145,27 +178,34 @@ class NormalizedAdd(nn.Module):
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1, got {blocks}")
         share = 1 / max(blocks, 2)
-        return cls((math.sqrt(1 - share), math.sqrt(share)), learnable=learnable, drop_prob=drop_prob)
+        weights = (math.sqrt(1 - share), math.sqrt(share))
+        return cls(weights, learnable=learnable, stds=stds, drop_prob=drop_prob)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The weights in use, of length 1."""
         return self.initial if self.weight is None else _unit(self.weight.tolist())
 
+    @property
+    def factors(self) -> list[float]:
+        """What each branch is multiplied by."""
+        return _factors(self.weights, self.stds)
+
     def forward(self, *branches: Tensor) -> Tensor:
         _expect(len(self.initial), "branches", len(branches))
-        total = normalized_add(branches, self.initial if self.weight is None else self.weight)
+        weights = self.initial if self.weight is None else self.weight
+        total = normalized_add(branches, weights, self.stds)
         if not self.training or self.drop_prob == 0:
             return total
         # A dropped sample keeps its trunk: the step away from it is what is dropped. feature_dropout
         # drops whole channels, which the samples are behind one more dim.
-        trunk = branches[0]
+        trunk = branches[0] if self.stds[0] == 1.0 else branches[0] / self.stds[0]
         step = torch.feature_dropout((total - trunk).unsqueeze(0), self.drop_prob, True).squeeze(0)
         return torch.add(trunk, step, alpha=1 - self.drop_prob)
 
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
-        """The sum's signal, and the squared weights, as in eval mode."""
-        weights = self.weights
+        """The sum's signal, and the squared factors, as in eval mode."""
+        weights = self.factors
         _expect(len(weights), "signals", len(signals))
         parts = [signal.affine(weight) for signal, weight in zip(signals, weights, strict=True)]
         total = parts[0]
@@ -176,6 +216,8 @@ class NormalizedAdd(nn.Module):
     def extra_repr(self) -> str:
         text = ", ".join(f"{weight:.4g}" for weight in self.initial)
         text += ", learnable=True" if self.weight is not None else ""
+        if self.stds != (1.0,) * len(self.stds):
+            text += f", stds=({', '.join(f'{std:.4g}' for std in self.stds)})"
         return text + (f", drop_prob={self.drop_prob}" if self.drop_prob else "")
 
 

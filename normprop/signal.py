@@ -43,7 +43,9 @@ class Signal:
     @classmethod
     def gaussian(cls, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Signal:
         """N(mean, std^2); given tensors, the mixture of their channels in equal parts."""
-        means, stds = torch.broadcast_tensors(*(torch.as_tensor(v).detach().double().cpu() for v in (mean, std)))
+        means, stds = torch.broadcast_tensors(
+            *(torch.as_tensor(v).detach().double().cpu() for v in (mean, std))
+        )
         means, stds = means.reshape(-1), stds.reshape(-1).abs()
         if len(means) > 1 and bool((means == means[0]).all() & (stds == stds[0]).all()):
             means, stds = means[:1], stds[:1]
@@ -123,15 +125,11 @@ class Signal:
 
     def plus(self, other: Signal) -> Signal:
         """The sum of independent signals."""
-        return Signal.of(
-            self.values[:, None] + other.values, self.weights[:, None] * other.weights
-        )
+        return Signal.of(self.values[:, None] + other.values, self.weights[:, None] * other.weights)
 
     def times(self, other: Signal) -> Signal:
         """The product of independent signals."""
-        return Signal.of(
-            self.values[:, None] * other.values, self.weights[:, None] * other.weights
-        )
+        return Signal.of(self.values[:, None] * other.values, self.weights[:, None] * other.weights)
 
     def maximum(self, count: int) -> Signal:
         """The largest of ``count`` independent copies."""

@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
-from normprop.graph.rewrite import Rewriter, has, place
-from normprop.graph.trace import TraceError
+from normprop.graph.rewrite import Rewriter, has
+from normprop.graph.trace import TraceError, place
 
-_SAMPLES = 8  # of noise, enough for the std of a map of one position and eight channels
+_SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
@@ -298,10 +298,10 @@ class Converter:
             return self.convert_children(part, prefix, str(error))
         inputs = None if self.preserve else calibration(part, example)
         part.eval()
-        built = {mode: Rewriter(self, graph, prefix, inputs).run() for mode, graph in graphs.items()}
-        result: nn.Module = built[True]
-        if built[True].code != built[False].code:
-            result = ByMode(built[True], built[False])
+        if graphs[True].code == graphs[False].code:
+            del graphs[False]
+        built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]
+        result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
         self.finish(result, part, prefix)
         return result
 

@@ -8,22 +8,27 @@ its inputs (docs/method.md, section 9). What has no rule is said to have none.
 from __future__ import annotations
 
 import copy
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from normprop import activations, functional
+from normprop.data_norm import BatchDataNorm, GlobalDataNorm
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
-from normprop.merges import Standardize
+from normprop.merges import NormalizedAdd, Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes
 
-Result = tuple[Signal, list[float]]
+# How a gradient's mean square passes to an input: a factor, or, where the elements keep their places,
+# a function from its density over the output's values to that over the input's.
+Factor = float | Callable[[Tensor], Tensor]
+Result = tuple[Signal, list[Any]]
 
 _LAYOUT = {
     "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone",
@@ -68,8 +73,9 @@ class Walk:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
         self.signals: dict[fx.Node, Signal | None] = {}
-        self.factors: dict[fx.Node, list[tuple[fx.Node, float]]] = {}
+        self.factors: dict[fx.Node, list[tuple[fx.Node, Factor]]] = {}
         self.notes: dict[fx.Node, str] = {}
+        self.within: dict[fx.Node, float] = {}  # mean variance of a weight layer's channels
         # Element-wise ancestry: (node, f) with this node's values = f(that node's values).
         self.origin: dict[fx.Node, tuple[fx.Node, Callable[[Tensor], Tensor]]] = {}
         # Where this node's randomness comes from: the nodes behind which no weight layer lies.
@@ -120,6 +126,8 @@ class Walk:
         if tracing.weight_source(self.graph_module, node) is not None:
             self.roots[node] = frozenset([node])
             return self._weight_layer(node, first, len(inputs))
+        if isinstance(module, (GlobalDataNorm, BatchDataNorm)):
+            return Signal.gaussian(), [1.0]
         if isinstance(module, NormalizedActivation):
             return self._normalized_activation(node, module, first)
         if isinstance(module, Standardize):
@@ -129,7 +137,11 @@ class Walk:
                     f"its constants ({module.mean:.3g}, {module.std:.3g}) were measured; "
                     f"by formula {first.mean:.3g}, {first.std:.3g}"
                 )
-            return first.standardized(), [1 / module.std**2]  # they are what is known of the map
+            # They are what is known of the map.
+            return first.standardized(), [lambda density: density / module.std**2]
+        if isinstance(module, NormalizedAdd):
+            self._check_correlation(node, inputs)
+            return self._sum([self._signal(n) for n in inputs], module.factors)
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
@@ -143,7 +155,7 @@ class Walk:
             or type(module).__name__ in tracing.RANDOM_NAMES
             or what in _LAYOUT
         ):
-            return first, [1.0] + [0.0] * (len(inputs) - 1)
+            return first, [_same] + [0.0] * (len(inputs) - 1)
         if tracing.activation_of(node, module) is not None and len(inputs) == 1:
             return self._elementwise(node, module, inputs[0])
         if what in _NUMBERS and len(inputs) == 1 and len(tensor_inputs(node)) == 1:
@@ -160,8 +172,7 @@ class Walk:
         if pooled is not None:
             return pooled
         if module is not None and (tracing.is_batch_norm(module) or "Norm" in type(module).__name__):
-            behind = tracing.weight_source(self.graph_module, inputs[0]) is not None
-            return self._norm(module, first, behind)
+            return self._norm(module, first, self.within.get(inputs[0]))
         if what in ("batch_norm", "layer_norm", "group_norm", "instance_norm"):
             return first.standardized(), [1 / max(first.var, 1e-12)] + [0.0] * (len(inputs) - 1)
         if isinstance(module, nn.Softmax) or what == "softmax":
@@ -172,7 +183,12 @@ class Walk:
             tokens = (shape(inputs[1]) or (1, 1))[-2]
             value = self._signal(inputs[2])
             self.notes[node] = "attention taken as an average over all tokens"
-            return Signal.gaussian(value.mean, value.std / math.sqrt(tokens)), [0.0, 0.0, 1.0 / tokens]
+            return Signal.gaussian(value.mean, value.std / math.sqrt(tokens)), [
+                0.0,
+                0.0,
+                1.0 / tokens,
+                *[0.0] * (len(inputs) - 3),
+            ]
         if isinstance(module, nn.Upsample) or what in ("interpolate", "upsample"):
             self.notes[node] = "interpolation: variance taken as kept"
             return first, [1.0]
@@ -204,8 +220,30 @@ class Walk:
             raise ValueError("not element-wise")
         origin, function = self.origin.get(source, (source, _same))
         self.origin[node] = (origin, lambda values: step(function(values)))
-        signal, slope = self._signal(source).apply(step)
-        return signal, [slope]
+        return self._through(self._signal(source), step)
+
+    def _through(self, signal: Signal, function: Callable[[Tensor], Tensor]) -> Result:
+        """An element-wise function, and how the gradient passes it, element by element."""
+        with torch.enable_grad():
+            x = signal.values.clone().requires_grad_()
+            y = function(x * 1.0)
+            slope = torch.zeros_like(x)
+            if y.requires_grad:
+                (slope,) = torch.autograd.grad(y.sum(), x)
+        y = y.detach()
+        result = Signal.of(y, signal.weights)
+        return result, [lambda density: slope.square() * _interpolate(y, result.values, density)]
+
+    def _sum(self, parts: list[Signal], factors: Sequence[float]) -> Result:
+        """A weighted sum of independent maps."""
+        scaled = [part.affine(factor) for part, factor in zip(parts, factors, strict=True)]
+        total = functools.reduce(Signal.plus, scaled)
+        passes = []
+        for index, part in enumerate(parts):
+            others = scaled[:index] + scaled[index + 1 :]
+            rest = functools.reduce(Signal.plus, others) if others else Signal.constant(0.0)
+            passes.append(functools.partial(_through_sum, part, factors[index], rest, total))
+        return total, passes
 
     def _arithmetic(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
         a, b = inputs
@@ -217,13 +255,15 @@ class Walk:
             def combined(values: Tensor) -> Tensor:
                 return operation(one[1](values), other[1](values))
 
-            signal, slope = self._signal(origin).apply(combined)
+            signal, (passing,) = self._through(self._signal(origin), combined)
             self.origin[node] = (origin, combined)
-            self.factors[node] = [(origin, slope)]
+            self.factors[node] = [(origin, passing)]
             return signal, []
         x, y = self._signal(a), self._signal(b)
         self._check_correlation(node, inputs)
         if what in ("add", "sub"):
+            if shape(a) == shape(b):
+                return self._sum([x, y], [1.0, 1.0 if what == "add" else -1.0])
             return x.plus(y if what == "add" else y.affine(-1.0)), [1.0, 1.0]
         if what == "div":
             y, _ = y.apply(torch.reciprocal)
@@ -251,6 +291,7 @@ class Walk:
         std = length * math.sqrt(
             inside * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed)
         )
+        self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
         if fan_in < SMALL_FAN_IN:
             self.notes[node] = f"fan_in {fan_in}: a sum of few terms is only roughly Gaussian"
@@ -319,7 +360,7 @@ class Walk:
         grown = math.prod(after) / math.prod(before) if before and after else 1 / count
         return pooled, [grown if adaptive else 1 / count]
 
-    def _norm(self, module: Any, signal: Signal, behind_weights: bool) -> Result:
+    def _norm(self, module: Any, signal: Signal, within: float | None) -> Result:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         one = torch.ones(1, dtype=torch.float64)
         scale = one if weight is None else weight.detach().double().cpu().flatten()
@@ -331,8 +372,8 @@ class Walk:
             ready, unit = signal, 1.0
         else:
             # Behind a weight layer each channel is Gaussian, however its channels differ.
-            ready = Signal.gaussian() if behind_weights else signal.standardized()
-            unit = max(signal.var, 1e-12)
+            ready = signal.standardized() if within is None else Signal.gaussian()
+            unit = max(signal.var if within is None else within, 1e-12)
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
         exact = None if act is None else copy.deepcopy(act).double().cpu()
         result, slope = through_channels(
@@ -358,14 +399,30 @@ class Walk:
     # The whole graph ---------------------------------------------------------------------------
 
     def gradients(self) -> dict[fx.Node, float]:
-        """L2 norm of the gradient of a node's whole map, the output's being 1."""
-        squares: dict[fx.Node, float] = {}
+        """L2 norm of the gradient of a node's whole map, the output's being 1.
+
+        A rectified trunk passes the gradient of the same elements block after block: so the mean
+        square is kept as a density over the signal's values.
+        """
+        densities: dict[fx.Node, Tensor] = {}
         for node in reversed(list(self.graph_module.graph.nodes)):
+            signal = self.signals.get(node)
+            if signal is None:
+                continue
             if node.op == "output":
-                squares[node] = 1.0
+                densities[node] = torch.ones_like(signal.values)
+            density = densities.get(node)
+            if density is None:
+                continue
+            mean = float((signal.weights * density).sum())
             for source, factor in self.factors.get(node, ()):
-                squares[source] = squares.get(source, 0.0) + factor * squares.get(node, 0.0)
-        return {node: math.sqrt(value) for node, value in squares.items()}
+                values = self._signal(source).values
+                share = factor(density) if callable(factor) else torch.full_like(values, factor * mean)
+                densities[source] = densities.get(source, 0.0) + share
+        return {
+            node: math.sqrt(max(0.0, float((self._signal(node).weights * density).sum())))
+            for node, density in densities.items()
+        }
 
     def trace(self) -> SignalTrace:
         """The records."""
@@ -396,6 +453,24 @@ def walk(graph_module: fx.GraphModule) -> Walk:
     for node in graph_module.graph.nodes:
         state.visit(node)
     return state
+
+
+def _interpolate(x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
+    """``values`` given at rising ``nodes``, between them linearly."""
+    if len(nodes) == 1:
+        return values.expand_as(x)
+    right = torch.searchsorted(nodes, x.contiguous()).clamp(1, len(nodes) - 1)
+    left = right - 1
+    share = ((x - nodes[left]) / (nodes[right] - nodes[left])).clamp(0.0, 1.0)
+    return values[left] * (1 - share) + values[right] * share
+
+
+def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, density: Tensor) -> Tensor:
+    """The density that a sum's gradient has over one part's values, the rest being independent."""
+    index = torch.arange(0, len(rest.values), max(1, len(rest.values) // 64))
+    weights = rest.weights[index] / rest.weights[index].sum()
+    sums = part.values[:, None] * factor + rest.values[index]
+    return factor**2 * (_interpolate(sums, total.values, density) * weights).sum(1)
 
 
 def _same(values: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from normprop import activations, functional, merges, modules
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.predict import Walk
-from normprop.graph.trace import key, shape, tensor_inputs
+from normprop.graph.trace import key, place, shape, tensor_inputs
 
 if TYPE_CHECKING:
     from normprop.graph.convert import Converter
@@ -50,16 +50,6 @@ def has(root: nn.Module, path: str) -> bool:
     return True
 
 
-def place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path, making its parents."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if parent not in root._modules:
-            root.add_module(parent, nn.Module())
-        root = root._modules[parent]  # type: ignore[assignment]
-    root._modules[name] = module
-
-
 class Flow:
     """A graph's signals, node by node while it is rewritten: by formula and, if there is input, by running it."""
 
@@ -81,7 +71,9 @@ class Flow:
         try:
             value = self.values[node] = self.run(node)
         except Exception as error:  # formulas are left
-            self.failure = f"constants are by formula alone from '{node}' on: {type(error).__name__}: {error}"
+            self.failure = (
+                f"constants are by formula alone from '{node}' on: {type(error).__name__}: {error}"
+            )
             self.inputs = None
             return
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
@@ -124,7 +116,7 @@ class _Chain:
     act: fx.Node | None
     activation: nn.Module | None
     first: bool = False
-    gate: bool = False
+    start: float | None = None  # initial gain, if not the rule's
 
     @property
     def end(self) -> fx.Node:
@@ -155,7 +147,8 @@ class Rewriter:
         for node in self.nodes:
             if node.op == "call_module":
                 self.calls[str(node.target)].append(node)
-        self.gate_gain = 1.0
+        self.gate_gain = self.branch_weight = 1.0
+        self.scaled: set[fx.Node] = set()
         self.gated: set[fx.Node] = set()
 
     def run(self) -> fx.GraphModule:
@@ -439,8 +432,8 @@ class Rewriter:
             rule = self.layer_rule(layer, chain.first)
             new = kind.from_parent(layer, chain.activation, rule, bias)  # type: ignore[attr-defined]
             self.fresh_weight(new)
-            if chain.gate:
-                new.initial_gain = self.gate_gain
+            if chain.start is not None:
+                new.initial_gain = chain.start
                 nn.init.constant_(new.gain, new.initial_gain)
         self.hand_over(path, layer, chain.norm, new)
         if chain.norm is not None:
@@ -521,15 +514,19 @@ class Rewriter:
 
     def rewrite_fresh(self, chains: dict[fx.Node, _Chain]) -> None:
         joins = self.find_joins()
+        self.depth = sum(trunk is not None for trunk in joins.values())
         gates = self.find_gates()
+        self.branch_weight = 1 / math.sqrt(max(2, self.depth))
+        for node, trunk in joins.items():
+            chain = None if trunk is None else self.chain_before(node.args[1 - trunk], chains)
+            if chain is not None:
+                chain.start = self.branch_weight
+                self.scaled.add(node)
         self.gate_gain = 1 / max(1, len(gates))
         for node, (_, top) in gates.items():
-            before = tensor_inputs(top)[0]
-            while key(before) in _PASSING and len(before.users) == 1:
-                before = tensor_inputs(before)[0]
-            chain = next((c for c in chains.values() if c.end is before), None)
-            if chain is not None and chain.weight is not None and chain.activation is None:
-                chain.gate = True
+            chain = self.chain_before(tensor_inputs(top)[0], chains)
+            if chain is not None:
+                chain.start = self.gate_gain
                 self.gated.add(node)
         phis = {top: tracing.activation_of(top, self.module(top)) for _, top in gates.values()}
         inner = {n for c in chains.values() for n in (c.weight, c.norm, c.act)}
@@ -544,7 +541,7 @@ class Rewriter:
                     index, top = gates[node]
                     node = self.rewrite_gate(node, index, phis[top])
                 elif node in joins:
-                    node = self.rewrite_join(node, *joins[node])
+                    node = self.rewrite_join(node, joins[node])
                 elif key(node) == "cat" and isinstance(node.args[0], (list, tuple)):
                     parts = [self.ready(n) if isinstance(n, fx.Node) else n for n in node.args[0]]
                     node.args = (parts, *node.args[1:])
@@ -567,7 +564,8 @@ class Rewriter:
         signal = self.flow.walk.signals[node]
         assert signal is not None
         foreseen = max(signal.std, 1e-9)
-        far = max(abs(mean), abs(std - 1), abs(std / foreseen - 1), abs(foreseen / max(std, 1e-9) - 1))
+        wrong = max(abs(mean - signal.mean), abs(std / foreseen - 1), abs(foreseen / max(std, 1e-9) - 1))
+        far = max(abs(mean), abs(std - 1), wrong)
         if far <= _TOLERANCE or not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
             return node
         path = self.install(node, "standardize", merges.Standardize(mean, std))
@@ -600,9 +598,13 @@ class Rewriter:
             self.record(path, source, module)
         return path
 
-    def find_joins(self) -> dict[fx.Node, tuple[int | None, int]]:
-        """Sums of two branches: (position of the trunk, blocks in its run); None if neither is the trunk."""
-        trunks: dict[fx.Node, int | None] = {}
+    def find_joins(self) -> dict[fx.Node, int | None]:
+        """Sums of two branches, and which of the two is the trunk; None if neither is.
+
+        The trunk is what the other branch was made of, or else the branch with fewer weight layers
+        since they parted: a projection shortcut.
+        """
+        joins: dict[fx.Node, int | None] = {}
         for node in self.nodes:
             pair = node.args
             if key(node) != "add" or len(pair) != 2 or not all(isinstance(a, fx.Node) for a in pair):
@@ -616,44 +618,43 @@ class Rewriter:
             if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
                 continue
             before = self.ancestors(a), self.ancestors(b)
-            common = before[0] & before[1]
-            if common not in before:
-                trunks[node] = None
-            else:
-                trunk = before.index(common)
-                if before[1 - trunk] & ~before[trunk] & self.weight_mask():
-                    trunks[node] = trunk
-        run: dict[fx.Node, fx.Node] = {}
-        for node, trunk in trunks.items():
-            if trunk is not None:
-                top = node.args[trunk]
-                assert isinstance(top, fx.Node)
-                while top not in trunks and len(tensor_inputs(top)) == 1 and self.passes(top):
-                    top = tensor_inputs(top)[0]
-                run[node] = run.get(top, node)
-        blocks = Counter(run.values())
-        return {node: (trunk, blocks[run[node]] if node in run else 0) for node, trunk in trunks.items()}
+            layers = [(before[k] & ~before[1 - k] & self.weight_mask()).bit_count() for k in (0, 1)]
+            if max(layers) == 0:
+                continue  # x + act(x)
+            joins[node] = None if layers[0] == layers[1] else layers.index(min(layers))
+        return joins
 
-    def passes(self, node: fx.Node) -> bool:
-        """Whether a trunk goes on through a node."""
-        module = self.module(node)
-        return (
-            key(node) in _PASSING
-            or tracing.activation_of(node, module) is not None
-            or isinstance(module, (nn.Identity, nn.Dropout))
-        )
+    def chain_before(self, node: Any, chains: dict[fx.Node, _Chain]) -> _Chain | None:
+        """The weight layer without activation whose output, read by nobody else, a node is."""
+        while isinstance(node, fx.Node) and len(node.users) == 1:
+            module = self.module(node)
+            chain = next((c for c in chains.values() if c.end is node), None)
+            if chain is not None:
+                plain = chain.weight is not None and chain.activation is None
+                return chain if plain and len(self.calls[self.local(chain.weight)]) <= 1 else None
+            random = isinstance(module, nn.Dropout) or type(module).__name__ in tracing.RANDOM_NAMES
+            if not (random or isinstance(module, nn.Identity) or key(node) in _PASSING):
+                return None
+            node = tensor_inputs(node)[0]
+        return None
 
-    def rewrite_join(self, node: fx.Node, trunk: int | None, blocks: int) -> fx.Node:
+    def rewrite_join(self, node: fx.Node, trunk: int | None) -> fx.Node:
         ends: list[Any] = [node.args[trunk or 0], node.args[1 - (trunk or 0)]]
         there, here = (self.flow.moments(n) for n in ends)
         if there is None or here is None:
             return node
         if trunk is not None and here[1] < _TINY * there[1]:
             return node
-        ends[1] = self.ready(ends[1])
-        if trunk is None or not 0.4 <= math.hypot(*there) <= 2.0:
-            ends[0] = self.ready(ends[0])
-        module = merges.NormalizedAdd() if trunk is None else merges.NormalizedAdd.residual(blocks)
+        if trunk is None:
+            ends = [self.ready(n) for n in ends]
+            module = merges.NormalizedAdd()
+        else:
+            scaled = self.branch_weight if node in self.scaled else 1.0
+            if scaled == 1.0:
+                ends[1] = self.ready(ends[1])
+            if not 0.2 <= math.hypot(*there) <= 5.0:
+                ends[0], there = self.ready(ends[0]), (0.0, 1.0)
+            module = merges.NormalizedAdd.residual(max(2, self.depth), stds=(there[1], scaled))
         return self.replace(node, self.install(node, "add", module, "add"), tuple(ends))
 
     def rewrite_gate(self, node: fx.Node, index: int, phi: nn.Module | None) -> fx.Node:

@@ -41,6 +41,9 @@ _FUNCTIONAL_WEIGHTS = {
 }
 
 
+_OURS = ("normprop.modules", "normprop.merges", "normprop.data_norm", "normprop.activations")
+
+
 class TraceError(ValueError):
     """torch.fx cannot follow the model's code."""
 
@@ -195,6 +198,8 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) 
         inputs = tuple(t.to("meta") for t in (example if isinstance(example, tuple) else (example,)))
     if hasattr(model, "by_mode"):
         model = model.graphs[model.training]  # type: ignore[index, operator]
+    if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in _OURS:
+        model = nn.Sequential(model)
     before = set(vars(model))
     try:
         tracer = _Tracer(model, inputs)
@@ -213,9 +218,23 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) 
         ):
             graph.erase_node(node)
     result = fx.GraphModule(model, graph, type(model).__name__)
+    for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
+        path = str(node.target).rpartition(".")[0]
+        if node.op == "get_attr" and path and isinstance(model.get_submodule(path), WEIGHT_LAYERS):
+            place(result, path, model.get_submodule(path))
     for name in set(vars(model)) - before:  # fx leaves its constants on the model
         delattr(model, name)
     return result
+
+
+def place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a path, making its parents."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root._modules[parent]  # type: ignore[assignment]
+    root._modules[name] = module
 
 
 def guess_example(model: nn.Module) -> Tensor | None:
