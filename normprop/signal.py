@@ -59,12 +59,13 @@ class Signal:
         return cls(torch.tensor([value], dtype=torch.float64), torch.ones(1, dtype=torch.float64))
 
     @classmethod
-    def of(cls, values: Tensor, weights: Tensor | None = None) -> Signal:
+    def of(cls, values: Tensor, weights: Tensor | None = None, bins: int = _NODES) -> Signal:
         """Any values (say a parameter's), gathered in bins that keep each bin's mean.
 
         Args:
             values: Any shape.
             weights: Same shape, not negative; equal if None.
+            bins: How many at most.
         """
         values = values.detach().double().cpu().flatten()
         weights = torch.ones_like(values) if weights is None else weights.double().flatten()
@@ -74,9 +75,9 @@ class Signal:
             return cls(torch.full((1,), math.nan, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
         if high - low <= 1e-12 * max(abs(low), abs(high)):
             return cls.constant((low + high) / 2)
-        index = ((values - low) * ((_NODES - 1) / (high - low))).round().long()
-        mass = torch.zeros(_NODES, dtype=torch.float64).index_add_(0, index, weights)
-        moment = torch.zeros(_NODES, dtype=torch.float64).index_add_(0, index, weights * values)
+        index = ((values - low) * ((bins - 1) / (high - low))).round().long()
+        mass = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weights)
+        moment = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weights * values)
         kept = mass > 0
         mean, var = float((weights * values).sum()), 0.0
         centers, mass = moment[kept] / mass[kept], mass[kept]
@@ -123,9 +124,31 @@ class Signal:
         std = self.std
         return self.affine(1 / std, -self.mean / std) if std > 0 else Signal.constant(0.0)
 
-    def plus(self, other: Signal) -> Signal:
+    def plus(self, other: Signal, bins: int = _NODES) -> Signal:
         """The sum of independent signals."""
-        return Signal.of(self.values[:, None] + other.values, self.weights[:, None] * other.weights)
+        values = self.values[:, None] + other.values
+        return Signal.of(values, self.weights[:, None] * other.weights, bins)
+
+    def combination(self, rows: Tensor) -> Signal:
+        """The shape of ``sum_i w_i x_i`` of independent copies, at mean 0, variance 1.
+
+        A sum of few terms is not yet Gaussian: this is what a layer of small fan-in returns.
+
+        Args:
+            rows: Shape (rows, fan_in), a sample of a layer's rows. The mixture of all and of their
+                negatives is returned: over many random rows skewness has no sign.
+        """
+        coarse = Signal.of(self.values, self.weights, 96)
+        sums = []
+        for row in rows.tolist():
+            total = Signal.constant(0.0)
+            for weight in row:
+                if weight != 0.0:
+                    total = total.plus(coarse.affine(weight), 128)
+            if total.var > 0:
+                shape = total.standardized()
+                sums += [shape, shape.affine(-1.0)]
+        return Signal.mixture(sums, [1.0] * len(sums)) if sums else Signal.gaussian()
 
     def times(self, other: Signal) -> Signal:
         """The product of independent signals."""

@@ -23,7 +23,7 @@ from normprop.graph.trace import key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import Record, SignalTrace
-from normprop.signal import Signal, gaussian_nodes
+from normprop.signal import Signal
 
 # How a gradient's mean square passes to an input: a factor, or, where the elements keep their places,
 # a function from its density over the output's values to that over the input's.
@@ -43,7 +43,7 @@ _LAYOUT_MODULES = (
 )  # fmt: skip
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
 _POOLS = {"max_pool": "max", "avg_pool": "avg", "adaptive_avg_pool": "avg", "adaptive_max_pool": "max"}
-SMALL_FAN_IN = 16
+SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed, above it is Gaussian
 
 
 def predict(model: nn.Module, example: Any) -> SignalTrace:
@@ -293,10 +293,13 @@ class Walk:
         )
         self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
-        if fan_in < SMALL_FAN_IN:
-            self.notes[node] = f"fan_in {fan_in}: a sum of few terms is only roughly Gaussian"
-        z, w = gaussian_nodes(512)
-        result, slope = through_channels(z, w, std, mean, finish)
+        z = Signal.gaussian()
+        if 0 < fan_in <= SMALL_FAN_IN:
+            self.notes[node] = f"fan_in {fan_in}: a sum of few terms, not Gaussian"
+            every = max(1, len(length) // 8)
+            flat = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)
+            z = signal.combination(flat[::every][:8])
+        result, slope = through_channels(z.values, z.weights, std, mean, finish)
         factor = float(length.square().mean()) * (1.0 if transposed else inside) * slope
         return result, [factor] + [0.0] * (count - 1)
 
