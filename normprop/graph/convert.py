@@ -228,16 +228,14 @@ class ByMode(nn.Module):
     def __init__(self, train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
         super().__init__()
         # One tree of modules; the graphs only look into it.
-        for name, module in train.named_children():
-            self.add_module(name, module)
-        for name, parameter in train._parameters.items():
-            self.register_parameter(name, parameter)
-        for name, buffer in train._buffers.items():
-            self.register_buffer(name, buffer)
         for graph in (train, evaluation):
-            for table in ("_modules", "_parameters", "_buffers"):
+            for name, module in graph.named_modules():
+                if not has(self, name):
+                    place(self, name, module)
+            for table in ("_parameters", "_buffers"):
                 for name, value in getattr(graph, table).items():
                     getattr(self, table).setdefault(name, value)
+            for table in ("_modules", "_parameters", "_buffers"):
                 graph.__dict__[table] = getattr(self, table)
         self.graphs = {True: train, False: evaluation}
 

@@ -581,6 +581,12 @@ class Rewriter:
         where = tracing.owner(node)
         if node.op == "call_module" and has(self.graph_module, where.rpartition(".")[0]):
             where = where.rpartition(".")[0]
+        while (
+            where
+            and has(self.graph_module, where)
+            and isinstance(self.graph_module.get_submodule(where), tracing.WEIGHT_LAYERS)
+        ):
+            where = where.rpartition(".")[0]
         base = f"{where}.{name}" if where else name
         ordinal = 0
         path = base

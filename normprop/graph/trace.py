@@ -41,7 +41,7 @@ _FUNCTIONAL_WEIGHTS = {
 }
 
 
-_OURS = ("normprop.modules", "normprop.merges", "normprop.data_norm", "normprop.activations")
+OURS = ("normprop.modules", "normprop.merges", "normprop.data_norm", "normprop.activations")
 
 
 class TraceError(ValueError):
@@ -95,9 +95,12 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...] | None) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: tuple[Tensor, ...] | None, leaves: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.inputs = inputs
+        self.leaves = leaves
         self.evaluating = False
         # Shapes alone are wanted: the meta device computes nothing.
         self.shadow = None if inputs is None else copy.deepcopy(model).to("meta").eval()
@@ -112,11 +115,7 @@ class _Tracer(fx.Tracer):
     def _is_leaf(self, m: nn.Module, path: str) -> bool:
         return (
             super().is_leaf_module(m, path)
-            or (
-                type(m).__module__.startswith("normprop.")
-                and not isinstance(m, fx.GraphModule)
-                and not hasattr(m, "by_mode")
-            )
+            or type(m).__module__ in self.leaves
             or is_weight_layer(m)
             or is_batch_norm(m)
             or type(m).__name__ in RANDOM_NAMES
@@ -180,13 +179,18 @@ class _Tracer(fx.Tracer):
         return args[0]
 
 
-def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) -> fx.GraphModule:
+def trace(
+    model: nn.Module,
+    example: Tensor | tuple[Tensor, ...] | None = None,
+    leaves: tuple[str, ...] = OURS,
+) -> fx.GraphModule:
     """``model`` as a graph; its modules are shared with ``model``, not copied.
 
     Args:
         model: As it stands: ``self.training`` is baked into the graph.
         example: An input, or a tuple of them; it gives each node's ``meta["value"]``, a tensor
             without data. None: guessed from the first weight layer (:func:`guess_example`).
+        leaves: Our Python modules whose layers stay single nodes.
 
     Raises:
         TraceError: If torch.fx cannot follow the code.
@@ -198,11 +202,11 @@ def trace(model: nn.Module, example: Tensor | tuple[Tensor, ...] | None = None) 
         inputs = tuple(t.to("meta") for t in (example if isinstance(example, tuple) else (example,)))
     if hasattr(model, "by_mode"):
         model = model.graphs[model.training]  # type: ignore[index, operator]
-    if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in _OURS:
+    if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:
         model = nn.Sequential(model)
     before = set(vars(model))
     try:
-        tracer = _Tracer(model, inputs)
+        tracer = _Tracer(model, inputs, leaves)
         graph = tracer.trace(model)
     except Exception as error:
         raise TraceError(

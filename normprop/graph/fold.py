@@ -1,0 +1,446 @@
+r"""``fold``: a NormProp model as plain torch, for inference.
+
+The graph is built anew, node by node. What a node returns is held as ``a * u + b``, u being a node of
+the new graph and a, b numbers: an activation's constants, a pool's, a sum's weights wait there until
+something takes them in exactly - a convolution's weight and bias, the next sum, a threshold - or until
+they have to be written down as one element-wise operation (docs/method.md, section 12).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from normprop import activations, functional, merges, modules
+from normprop.graph import trace as tracing
+from normprop.graph.trace import key, place, shape, tensor_inputs
+
+_LEAVES = ("normprop.modules",)
+# What acts on elements in their places, or moves them: an affine map may wait until behind it.
+_COMMUTE = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
+    "expand", "chunk", "split", "getitem", "unbind", "to", "clone", "dropout", "movedim", "swapaxes", "roll",
+    "flip", "channel_shuffle", "pixel_shuffle", "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "amax",
+}  # fmt: skip
+_COMMUTE_MODULES = (
+    nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+)  # fmt: skip
+
+
+class FoldError(ValueError):
+    """The folded model does not compute what the model computes, or something of ours cannot be folded."""
+
+
+@torch.no_grad()
+def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
+    """``model.eval()`` in torch's own modules and functions; ``model`` is left untouched.
+
+    Row norms and constants become weights wherever that is exact, also at zero-padded borders (the raw
+    map is padded with its mean), through pools and sums; what is left is one element-wise affine map.
+
+    Args:
+        model: A model with normprop's layers.
+        verify: An input, or a tuple of them: outputs are compared there (relative error 1e-4 in
+            float32, 1e-9 in float64), and the code's decisions on shapes are taken with it.
+
+    Returns:
+        A graph module in eval mode, for inputs of any size that the model takes.
+
+    Raises:
+        FoldError: If outputs differ at ``verify``.
+        TraceError: If torch.fx cannot follow the code.
+
+    Example:
+        >>> layer = modules.NormPropLinear(8, 4)
+        >>> [type(m).__name__ for m in fold(nn.Sequential(layer), verify=torch.randn(2, 8)).children()]
+        ['Linear', 'Threshold']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    twin = copy.deepcopy(model).eval()
+    folded = _Folder(tracing.trace(twin, verify, _LEAVES)).run()
+    if verify is not None:
+        inputs = verify if isinstance(verify, tuple) else (verify,)
+        _compare(twin(*inputs), folded(*inputs))
+    return folded
+
+
+def _compare(expected: Any, actual: Any) -> None:
+    if not isinstance(expected, Tensor):
+        values = expected.values() if isinstance(expected, dict) else expected
+        others = actual.values() if isinstance(actual, dict) else actual
+        for one, other in zip(values, others, strict=True):
+            _compare(one, other)
+        return
+    limit = {torch.float32: 1e-4, torch.float64: 1e-9}.get(expected.dtype, 5e-2)
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    gap = float(((actual - expected).abs().max() / scale).float())
+    if not gap <= limit:
+        raise FoldError(
+            f"the folded model differs from the model by {gap:.2g} of the largest output (limit {limit:.0e}); "
+            "if verify is finite, please report the model"
+        )
+
+
+class _Value:
+    """``a * node + b`` in the new graph."""
+
+    def __init__(self, node: Any, a: float = 1.0, b: float = 0.0) -> None:
+        self.node, self.a, self.b = node, a, b
+
+    @property
+    def plain(self) -> bool:
+        return self.a == 1.0 and self.b == 0.0
+
+
+class _Folder:
+    def __init__(self, source: fx.GraphModule) -> None:
+        self.source = source
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.values: dict[fx.Node, _Value] = {}
+        self.names: set[str] = set()
+        self.calls: dict[str, int] = {}
+        for node in source.graph.nodes:
+            if node.op == "call_module":
+                self.calls[str(node.target)] = self.calls.get(str(node.target), 0) + 1
+
+    def run(self) -> fx.GraphModule:
+        for node in self.source.graph.nodes:
+            self.values[node] = self.translate(node)
+        result = fx.GraphModule(self.root, self.graph, f"Folded{type(self.source).__name__}").eval()
+        result.graph.eliminate_dead_code()
+        result.delete_all_unused_submodules()
+        result.recompile()
+        return result
+
+    # Nodes of the new graph ---------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The node's value itself, its affine map written down."""
+        held = self.values[node]
+        if held.plain:
+            return held.node
+        layer = self.own_layer(held.node)
+        if layer is not None and len(node.users) == 1 and not held.node.users:
+            _scale_output(layer, held.a, held.b)
+            new = held.node
+        elif held.b == 0.0:
+            new = self.call(torch.mul, held.node, held.a)
+        else:
+            new = self.call(torch.rsub, held.node, held.b, alpha=-held.a)
+        self.values[node] = _Value(new)
+        return new
+
+    def own_layer(self, node: fx.Node) -> Any:
+        """The weight layer that a node of the new graph calls, if nothing else calls it."""
+        if node.op != "call_module":
+            return None
+        layer = self.root.get_submodule(str(node.target))
+        own = isinstance(layer, tracing.WEIGHT_LAYERS) and self.calls.get(str(node.target), 1) == 1
+        return layer if own else None
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+    def module(self, path: str, module: nn.Module, *args: Any) -> fx.Node:
+        place(self.root, path, module)
+        return self.graph.call_module(path, args)
+
+    def buffer(self, path: str, tensor: Tensor) -> fx.Node:
+        name = path.replace(".", "_")
+        while hasattr(self.root, name):
+            name += "_"
+        self.root.register_buffer(name, tensor.detach().clone())
+        return self.graph.get_attr(name)
+
+    # Translation --------------------------------------------------------------------------------
+
+    def translate(self, node: fx.Node) -> _Value:
+        module = tracing.module_of(self.source, node)
+        if isinstance(module, modules.NormalizedActivation):
+            return self.activation_module(node, module)
+        if module is not None and isinstance(module, tracing.WEIGHT_LAYERS):
+            return self.weight_layer(node, module)
+        if module is not None and "NormalizedAdaptiveMaxPool" in type(module).__name__:
+            return self.adaptive_max_pool(node, module)
+        held = [self.values[n] for n in tensor_inputs(node)]
+        if all(value.plain for value in held):
+            return self.copied(node, module)
+        return self.waiting(node, module) or self.copied(node, module)
+
+    def copied(self, node: fx.Node, module: nn.Module | None) -> _Value:
+        """The node as it is, its inputs written down."""
+        for source in dict.fromkeys(tensor_inputs(node)):
+            self.value(source)
+        if module is not None:
+            place(self.root, str(node.target), module)
+        elif node.op == "get_attr":
+            self.attribute(str(node.target))
+        return _Value(self.graph.node_copy(node, lambda n: self.values[n].node))
+
+    def attribute(self, target: str) -> None:
+        path, _, name = target.rpartition(".")
+        tensor = getattr(self.source.get_submodule(path), name)
+        if path and not _has(self.root, path):
+            place(self.root, path, nn.Module())
+        owner = self.root.get_submodule(path)
+        if not hasattr(owner, name):
+            if isinstance(tensor, nn.Parameter):
+                owner.register_parameter(name, tensor)
+            else:
+                owner.register_buffer(name, tensor)
+
+    def waiting(self, node: fx.Node, module: nn.Module | None) -> _Value | None:
+        """The node on raw inputs, their affine map behind it; None if that is not exact."""
+        what = key(node)
+        inputs = tensor_inputs(node)
+        first = self.values[inputs[0]]
+        numbers = [a for a in node.args[1:] if isinstance(a, (int, float))]
+        if len(inputs) == 1 and first.a > 0:
+            if isinstance(module, nn.ReLU) or what == "relu":
+                return self.above(first, 0.0)
+            threshold = _threshold_of(node, module)
+            if threshold is not None:
+                return self.above(first, threshold)
+            if isinstance(module, _COMMUTE_MODULES) and not getattr(module, "return_indices", False):
+                return _Value(self.module(str(node.target), module, first.node), first.a, first.b)
+            if what in _COMMUTE and not node.kwargs.get("return_indices"):
+                new = self.graph.node_copy(node, lambda n: self.values[n].node)
+                return _Value(new, first.a, first.b)
+        if (
+            len(inputs) == 1
+            and isinstance(node.args[0], fx.Node)
+            and len(numbers) == len(node.args) - 1 == 1
+        ):
+            number = float(numbers[0])
+            if what == "mul":
+                return _Value(first.node, first.a * number, first.b * number)
+            if what == "div":
+                return _Value(first.node, first.a / number, first.b / number)
+            if what in ("add", "sub", "rsub"):
+                alpha = float(node.kwargs.get("alpha", 1.0))
+                if what == "rsub":
+                    return _Value(first.node, -alpha * first.a, number - alpha * first.b)
+                sign = 1.0 if what == "add" else -1.0
+                return _Value(first.node, first.a, first.b + sign * alpha * number)
+        if (
+            what == "add"
+            and len(inputs) == 2
+            and len(node.args) == 2
+            and shape(inputs[0]) == shape(inputs[1])
+        ):
+            second = self.values[inputs[1]]
+            alpha = float(node.kwargs.get("alpha", 1.0))
+            ratio = alpha * second.a / first.a
+            extra = {} if ratio == 1.0 else {"alpha": ratio}
+            new = self.call(torch.add, first.node, second.node, **extra)
+            return _Value(new, first.a, first.b + alpha * second.b)
+        if what == "cat":
+            held = [self.values[n] for n in inputs]
+            if all((value.a, value.b) == (first.a, first.b) for value in held):
+                return _Value(self.graph.node_copy(node, lambda n: self.values[n].node), first.a, first.b)
+        return None
+
+    def above(self, held: _Value, threshold: float) -> _Value:
+        """``max(a * u + b, t) = a * max(u, (t - b) / a) + b`` for a above 0."""
+        level = (threshold - held.b) / held.a
+        return _Value(self.call(F.threshold, held.node, level, level), held.a, held.b)
+
+    def adaptive_max_pool(self, node: fx.Node, module: Any) -> _Value:
+        before, after = shape(tensor_inputs(node)[0]), shape(node)
+        if before is None or after is None:
+            raise FoldError(f"{node.target}: its constants depend on the input's size; pass verify=")
+        count = math.prod(before[2:]) // math.prod(after[2:])
+        mean, std = merges.max_constants(count, module.activation, module.correlation)
+        kind = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[len(before) - 2]
+        pooled = self.module(str(node.target), kind(module.output_size), self.value(tensor_inputs(node)[0]))
+        return _Value(pooled, 1 / std, -mean / std)
+
+    def weight_layer(self, node: fx.Node, layer: Any) -> _Value:
+        """A linear map that takes in what waits before it; then the activation."""
+        path = str(node.target)
+        rule = getattr(layer, "rule", None)
+        source = tensor_inputs(node)[0]
+        if rule is None:
+            plain, mean, std, activation = copy.deepcopy(layer), 0.0, 1.0, None
+        else:
+            plain, mean, std, activation = _plain_layer(layer)
+        held = self.values[source]
+        if not held.plain and self.calls[path] == 1 and self.absorb(plain, held, path):
+            reads = held.node
+            if held.b != 0.0 and _padding(plain) is not None:
+                sides = [side for p in reversed(_padding(plain) or ()) for side in (p, p)]
+                reads = self.call(F.pad, reads, sides, "constant", -held.b / held.a)
+                plain.padding = (0,) * len(plain.padding)
+        else:
+            reads = self.value(source)
+        rest = [self.values[a].node if isinstance(a, fx.Node) else a for a in node.args[1:]]
+        y = self.module(path, plain, reads, *rest)
+        return self.activated(path, y, activation, mean, std, layer, plain)
+
+    def absorb(self, plain: Any, held: _Value, path: str) -> bool:
+        """Put ``a * u + b`` before a linear map into its weight and bias; False if that is not exact."""
+        if getattr(plain, "transposed", False) and held.b != 0.0:
+            return False  # how many taps reach a position depends on it
+        weight = plain.weight.double()
+        if held.b != 0.0:
+            total = weight.flatten(1).sum(1) * held.b
+            bias = total if plain.bias is None else plain.bias.double() + total
+            plain.bias = nn.Parameter(bias.to(plain.weight.dtype), requires_grad=plain.weight.requires_grad)
+        plain.weight.copy_(weight * held.a)
+        return True
+
+    def activated(
+        self,
+        path: str,
+        y: fx.Node,
+        activation: nn.Module | None,
+        mean: Any,
+        std: Any,
+        layer: Any,
+        plain: Any,
+    ) -> _Value:
+        """``(phi(y) - mean) / std``."""
+        if activation is None:
+            return _Value(y)
+        along = getattr(layer, "_channel_dim", None)
+        if type(activation) is nn.ReLU and along is not None:
+            # phi is homogeneous: 1/std went into the weight, -mean/std into the bias (see _plain_layer).
+            low = -mean / std
+            if isinstance(low, float):
+                return (
+                    _Value(self.module(f"{path}_relu", nn.Threshold(low, low), y))
+                    if low
+                    else _Value(self.module(f"{path}_relu", nn.ReLU(), y))
+                )
+            level = self.buffer(f"{path}_low", functional.along(low, plain.weight, along))
+            return _Value(self.call(torch.maximum, y, level))
+        phi = activations.plain_module(activation).eval()
+        y = self.module(f"{path}_{_word(activation)}", phi, y)
+        if isinstance(mean, float) and isinstance(std, float):
+            return _Value(y, 1 / std, -mean / std)
+        return self.per_channel(path, y, 1 / std, -mean / std, layer, along)
+
+    def per_channel(
+        self, path: str, x: fx.Node, scale: Any, shift: Any, like: Any, dim: int | None
+    ) -> _Value:
+        """``scale * x + shift`` with one value a channel, on dim 1 if ``dim`` is None."""
+        tensor = next(like.parameters())
+        scale, shift = (torch.as_tensor(v, device=tensor.device).double().flatten() for v in (scale, shift))
+        if len(scale) == len(shift) == 1:
+            return _Value(x, float(scale), float(shift))
+        scale, shift = torch.broadcast_tensors(scale, shift)
+        names = [
+            self.buffer(f"{path}_{n}", v.to(tensor.dtype)) for n, v in (("scale", scale), ("shift", shift))
+        ]
+        if dim is None:  # the number of dims is the input's
+            moved = self.call(torch.movedim, x, 1, -1)
+            return _Value(
+                self.call(torch.movedim, self.call(torch.addcmul, names[1], moved, names[0]), -1, 1)
+            )
+        sizes = (-1, *[1] * (-dim - 1))
+        views = [self.call(torch.reshape, name, sizes) for name in names] if dim < -1 else names
+        return _Value(self.call(torch.addcmul, views[1], x, views[0]))
+
+    def activation_module(self, node: fx.Node, module: modules.NormalizedActivation) -> _Value:
+        path = str(node.target)
+        source = tensor_inputs(node)[0]
+        mean, std = functional.constants(
+            module.activation, module.rule, module.gain, module.bias, module.standard
+        )
+        if module.gain is not None and module.bias is not None:
+            held = self.values[source]
+            gain = module.gain.double()
+            scale, shift = gain * held.a, gain * held.b + module.bias.double()
+            size = shape(source)
+            value = self.per_channel(
+                path, held.node, scale, shift, module, None if size is None else 1 - len(size)
+            )
+            self.values[node] = value
+            y = self.value(node)
+        else:
+            y = self.value(source)
+        if isinstance(module.activation, nn.Identity) and (mean, std) == (0.0, 1.0):
+            return _Value(y)
+        return self.activated(path, y, module.activation, mean, std, module, module)
+
+
+def _plain_layer(layer: Any) -> tuple[Any, Any, Any, nn.Module | None]:
+    """The torch layer with the row norms in its weight, and (mean, std, activation) to follow.
+
+    For ReLU the constants are in it: ``(relu(z) - mean)/std = max(z/std - mean/std, -mean/std)``.
+    """
+    exact = copy.deepcopy(layer).double()
+    mean, std = functional.constants(exact.activation, exact.rule, exact.gain, exact.bias, exact.standard)
+    relu = type(exact.activation) is nn.ReLU
+    scale, shift = (std, mean / std) if relu else (1.0, 0.0)
+    weight = functional.scaled_weight(
+        exact.weight, exact.gain / scale, exact.stretch, exact.rule.centered, exact.transposed, exact.groups
+    )
+    bias = None if exact.bias is None else exact.bias / scale
+    if relu and not (isinstance(shift, float) and shift == 0.0):
+        bias = (torch.zeros_like(exact.gain) if bias is None else bias) - shift
+    arguments = modules.parent_arguments(layer)
+    plain = layer._parent(**arguments, bias=bias is not None, device="meta", dtype=layer.weight.dtype)
+    learns = layer.weight.requires_grad
+    plain.weight = nn.Parameter(weight.to(layer.weight), requires_grad=learns)
+    if layer.weight.is_contiguous(memory_format=torch.channels_last) and layer.weight.ndim == 4:
+        plain.weight.data = plain.weight.data.contiguous(memory_format=torch.channels_last)
+    if bias is not None:
+        plain.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=learns)
+    mean, std = (v.to(layer.weight.device) if isinstance(v, Tensor) else v for v in (mean, std))
+    return plain, mean, std, layer.activation
+
+
+def _padding(layer: Any) -> list[int] | None:
+    """Zeros that a layer puts around its input, one number an axis; None if none."""
+    padding = getattr(layer, "padding", None)
+    if padding is None or layer.padding_mode != "zeros" or padding == "valid":
+        return None
+    if padding == "same":
+        if any(d * (k - 1) % 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)):
+            return None
+        padding = [d * (k - 1) // 2 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+    return list(padding) if any(padding) else None
+
+
+def _scale_output(layer: Any, a: float, b: float) -> None:
+    bias = torch.zeros_like(layer.weight[:, 0].flatten()[:1]) if layer.bias is None else layer.bias
+    if getattr(layer, "transposed", False):
+        units = layer.out_channels
+    else:
+        units = layer.weight.shape[0]
+    bias = bias.double().expand(units) * a + b
+    layer.weight.mul_(a)
+    layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
+
+
+def _threshold_of(node: fx.Node, module: nn.Module | None) -> float | None:
+    """t, if the node is ``max(x, t)``."""
+    if isinstance(module, nn.Threshold):
+        return module.threshold if module.threshold == module.value else None
+    if key(node) == "threshold" and len(node.args) == 3 and node.args[1] == node.args[2]:
+        return float(node.args[1])  # type: ignore[arg-type]
+    return None
+
+
+def _word(activation: nn.Module) -> str:
+    return "".join(
+        c for c in activations.name_of(activation).split("(")[0].lower() if c.isalnum() or c == "_"
+    )
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
