@@ -23,7 +23,7 @@ format: .venv/installed
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("normprop needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; type: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[recipes,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[recipes,export,dev]'
 	touch $@
 
 clean:

@@ -3,12 +3,16 @@
 Read in this order:
 
     gaussian      E, Var and E[phi'^2] of a function of a Gaussian
+    signal        the distribution of a map, carried by formula
     activations   the table of activations; ``moments`` of any of them
     functional    ``NormRule`` and the layer maths, stateless
     modules       the layers
     merges        what stands between layers
     data_norm     the data, normalised once
     projection    training aids
+    graph         whole networks: trace, predict, convert (with rewrite), fold
+    records       what is known of each node: tables, figures, JSON
+    diagnostics   the same, measured
     testing       the promises, as checks
     recipes, cli  users of the above (extra: pip install 'normprop[recipes]')
 """
@@ -16,12 +20,35 @@ Read in this order:
 from normprop import functional as functional, testing as testing
 from normprop.activations import Moments as Moments, moments as moments
 from normprop.data_norm import BatchDataNorm as BatchDataNorm, GlobalDataNorm as GlobalDataNorm
+from normprop.diagnostics import measure as measure
 from normprop.functional import (
     PAPER as PAPER,
     RECOMMENDED as RECOMMENDED,
     NormRule as NormRule,
 )
-from normprop.merges import NormalizedAdd as NormalizedAdd
+from normprop.graph.convert import Conversion as Conversion, convert as convert
+from normprop.graph.fold import fold as fold
+from normprop.graph.predict import predict as predict
+from normprop.merges import (
+    NormalizedAdaptiveAvgPool1d as NormalizedAdaptiveAvgPool1d,
+    NormalizedAdaptiveAvgPool2d as NormalizedAdaptiveAvgPool2d,
+    NormalizedAdaptiveAvgPool3d as NormalizedAdaptiveAvgPool3d,
+    NormalizedAdaptiveMaxPool1d as NormalizedAdaptiveMaxPool1d,
+    NormalizedAdaptiveMaxPool2d as NormalizedAdaptiveMaxPool2d,
+    NormalizedAdaptiveMaxPool3d as NormalizedAdaptiveMaxPool3d,
+    NormalizedAdd as NormalizedAdd,
+    NormalizedAvgPool1d as NormalizedAvgPool1d,
+    NormalizedAvgPool2d as NormalizedAvgPool2d,
+    NormalizedAvgPool3d as NormalizedAvgPool3d,
+    NormalizedCat as NormalizedCat,
+    NormalizedDropout as NormalizedDropout,
+    NormalizedGate as NormalizedGate,
+    NormalizedMaxPool1d as NormalizedMaxPool1d,
+    NormalizedMaxPool2d as NormalizedMaxPool2d,
+    NormalizedMaxPool3d as NormalizedMaxPool3d,
+    NormalizedUpsample as NormalizedUpsample,
+    Standardize as Standardize,
+)
 from normprop.modules import (
     NormalizedActivation as NormalizedActivation,
     NormPropConv1d as NormPropConv1d,
@@ -38,5 +65,7 @@ from normprop.projection import (
     param_groups as param_groups,
     project_ as project_,
 )
+from normprop.records import Record as Record, SignalTrace as SignalTrace
+from normprop.signal import Signal as Signal
 
 __version__ = "0.1.0"

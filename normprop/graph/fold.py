@@ -172,7 +172,7 @@ class _Folder:
         if module is not None and "NormalizedAdaptiveMaxPool" in type(module).__name__:
             return self.adaptive_max_pool(node, module)
         held = [self.values[n] for n in tensor_inputs(node)]
-        if all(value.plain for value in held):
+        if all(value.plain for value in held) and key(node) not in ("add", "sub", "mul", "div", "rsub"):
             return self.copied(node, module)
         return self.waiting(node, module) or self.copied(node, module)
 
@@ -414,10 +414,7 @@ def _padding(layer: Any) -> list[int] | None:
 
 def _scale_output(layer: Any, a: float, b: float) -> None:
     bias = torch.zeros_like(layer.weight[:, 0].flatten()[:1]) if layer.bias is None else layer.bias
-    if getattr(layer, "transposed", False):
-        units = layer.out_channels
-    else:
-        units = layer.weight.shape[0]
+    units = layer.out_channels if getattr(layer, "transposed", False) else layer.weight.shape[0]
     bias = bias.double().expand(units) * a + b
     layer.weight.mul_(a)
     layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
