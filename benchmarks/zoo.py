@@ -1,0 +1,377 @@
+"""Convert and fold other people's models, and check what is promised for each: a table and its JSON.
+
+    python benchmarks/zoo.py torchvision      all its classification models with BatchNorm
+    python benchmarks/zoo.py timm             the smallest model with BatchNorm of each family
+
+Random weights, float32 on the CPU unless said otherwise; results are written after each model, and a
+run goes on where the last one stopped. Columns are explained in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import normprop
+from normprop.recipes.results import environment, write_json
+from normprop.recipes.zoo import load_model
+
+GRADIENT = (
+    "resnet18", "resnet50", "resnet152", "densenet121", "efficientnet_b0", "mobilenet_v3_small",
+    "mobilenet_v3_large", "regnet_x_400mf", "regnet_y_400mf",
+)  # fmt: skip
+
+
+def torchvision_names() -> list[str]:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    return [f"torchvision:{name}" for name in names if has_batch_norm(f"torchvision:{name}")]
+
+
+def timm_names() -> list[str]:
+    """Of each family (timm's module), the model with BatchNorm that has the fewest parameters."""
+    import timm
+
+    smallest = []
+    for family in timm.list_modules():
+        best: tuple[int, str] | None = None
+        for name in timm.list_models(module=family):
+            try:
+                with torch.device("meta"):
+                    model = timm.create_model(name)
+            except Exception:
+                continue  # it needs values, or a download
+            count = sum(p.numel() for p in model.parameters())
+            if any(isinstance(m, _BatchNorm) for m in model.modules()) and (
+                best is None or count < best[0]
+            ):
+                best = (count, name)
+        if best is not None:
+            smallest.append(best)
+    return [f"timm:{name}" for _, name in sorted(smallest)]
+
+
+def has_batch_norm(spec: str) -> bool:
+    try:
+        with torch.device("meta"):
+            model = load_model(spec)
+    except Exception:  # some read values while they are built
+        model = load_model(spec)
+    return any(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+def quiet(model: nn.Module) -> nn.Module:
+    """Dropout and stochastic depth at 0."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) or type(module).__name__ == "StochasticDepth":
+            module.p = 0.0  # type: ignore[assignment]
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0  # type: ignore[assignment]
+    return model
+
+
+def sizes(spec: str, model: nn.Module) -> tuple[int, int, int]:
+    """(the size that it was made for, a small odd one, another) in pixels; equal if only one is possible."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    size = 299 if "inception_v3" in spec and "torchvision" in spec else 224
+    size = config.get("input_size", (3, size, size))[1]
+    for small, other in ((97, 111), (160, 192)):
+        try:
+            with torch.no_grad():
+                for s in (small, other):
+                    copy.deepcopy(model).eval()(torch.randn(1, 3, s, s))
+            return size, small, other
+        except Exception:
+            continue
+    return size, size, size
+
+
+def first_output(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    return next(iter(outputs.values() if isinstance(outputs, dict) else outputs))
+
+
+def gap(actual: Any, expected: Any) -> float:
+    a, e = first_output(actual), first_output(expected)
+    return float((a - e).abs().max() / e.abs().max())
+
+
+def check(spec: str) -> dict[str, Any]:
+    """One model's row."""
+    torch.manual_seed(0)
+    model = quiet(load_model(spec)).train()
+    size, small, other = sizes(spec, model)
+    name = spec.split(":")[1]
+    row: dict[str, Any] = {"model": spec, "size": size, "small": small}
+
+    start = time.perf_counter()
+    conversion = normprop.convert(model, example=torch.empty(1, 3, size, size, device="meta"))
+    row["seconds"] = time.perf_counter() - start
+    row["sites"] = len(conversion.replaced)
+    row["skipped"] = [f"{s.path}: {s.target}" for s in conversion.skipped]
+    row["notes"] = conversion.notes
+    fresh = conversion.model
+    row["batch_norm_left"] = sum(isinstance(m, _BatchNorm) for m in fresh.modules())
+    kept = {n for n, _ in model.named_buffers()}
+    row["new_buffers"] = [n for n, _ in fresh.named_buffers() if n not in kept]
+
+    start = time.perf_counter()
+    trace = normprop.predict(fresh, torch.empty(1, 3, size, size, device="meta"))
+    row["predict_seconds"] = time.perf_counter() - start
+    row |= signals(fresh, trace, torch.randn(4, 3, size, size))
+    if name in GRADIENT:
+        row["gradient"] = gradient(fresh, size)
+    one = torch.randn(1, 3, size, size)
+    first_output(fresh(one)).square().mean().backward()
+    gradients = [p.grad for p in fresh.parameters() if p.grad is not None]
+    row["finite_at_1"] = all(bool(torch.isfinite(g).all()) for g in gradients) and len(gradients) > 0
+    fresh.zero_grad()
+    row["promises"] = promises(fresh, small)
+    row["fold"] = folds(fresh, small, other)
+    del fresh, conversion, trace
+    gc.collect()
+
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.5)
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.5)
+    model.double().eval()  # the statistics were rounded to float32 before: both start from the same
+    x = torch.randn(2, 3, small, small, dtype=torch.float64)
+    with torch.no_grad():
+        row["preserve_float64"] = gap(normprop.convert(model, preserve=True, example=x).model(x), model(x))
+        model.float()
+        kept_model = normprop.convert(model, preserve=True, example=x.float()).model
+        row["preserve_float32"] = gap(kept_model(x.float()), model(x.float()))
+    del model
+    gc.collect()
+    row["fold_preserved"] = folds(kept_model, small, other)
+    row["step_at_1"] = step(kept_model.train(), x[:1].float())
+    return row
+
+
+@torch.no_grad()
+def signals(model: nn.Module, trace: normprop.SignalTrace, x: Tensor) -> dict[str, float]:
+    """Shares of the weight layers that read a std in [0.7, 1.4], and what predict said."""
+    from normprop.diagnostics import measure
+
+    seen: dict[str, float] = {}
+    layers = {n: m for n, m in model.named_modules() if hasattr(m, "rule")}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.setdefault(name, float(inputs[0].std()))
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    model(x)
+    for hook in hooks:
+        hook.remove()
+    with torch.enable_grad():
+        measured = measure(model, x[:2])
+    agree = [
+        m.mean is not None
+        and 1 / 1.2 <= m.std / max(p.std, 1e-9) <= 1.2
+        and abs(m.mean - p.mean) <= 0.2 * p.std
+        for m, p in read_by_layers(measured, model)
+    ]
+    return {
+        "layers": len(layers),
+        "in_range": sum(0.7 <= std <= 1.4 for std in seen.values()) / max(1, len(seen)),
+        "agree": sum(agree) / max(1, len(agree)),
+    }
+
+
+def read_by_layers(measured: normprop.SignalTrace, model: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """(measured, predicted) record of the map that each NormProp layer reads."""
+    assert measured.predicted is not None
+    predicted = {r.name: r for r in measured.predicted}
+    by_name = {r.name: r for r in measured}
+    root = model.graphs[model.training] if hasattr(model, "graphs") else model  # type: ignore[index, operator]
+    for node in root.graph.nodes:  # type: ignore[union-attr]
+        if node.op == "call_module" and hasattr(model.get_submodule(node.target), "rule"):
+            source = node.all_input_nodes[0]
+            if source.name in by_name and source.name in predicted:
+                yield by_name[source.name], predicted[source.name]
+
+
+def gradient(model: nn.Module, size: int) -> dict[str, float]:
+    """L2 norm of the gradient of the first over the last convolution's output map."""
+    measured = normprop.measure(model, torch.randn(2, 3, size, size))
+    assert measured.predicted is not None
+    place = [i for i, r in enumerate(measured.records) if "Conv" in r.op]
+    ratios = [
+        float(t.records[place[0]].gradient or 0) / float(t.records[place[-1]].gradient or 1)
+        for t in (measured, measured.predicted)
+    ]
+    return {"measured": ratios[0], "predicted": ratios[1]}
+
+
+def promises(model: nn.Module, size: int) -> str:
+    """The three checks of normprop.testing, in float64; empty if they hold."""
+    twin = copy.deepcopy(model).double()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64)
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = twin
+
+        def forward(self, x: Tensor) -> Tensor:
+            return first_output(self.model(x))
+
+    try:
+        if not hasattr(model, "graphs"):  # auxiliary heads: train() returns something else by purpose
+            normprop.testing.assert_train_equals_eval(First(), x)
+        normprop.testing.assert_batch_independent(First(), x)
+        normprop.testing.assert_accumulation_equals_batch(
+            First(), x, torch.zeros(2), lambda out, _: out.square().mean()
+        )
+    except AssertionError as error:
+        return str(error)
+    return ""
+
+
+@torch.no_grad()
+def folds(model: nn.Module, small: int, other: int) -> dict[str, Any]:
+    """Largest relative differences of the folded model, at two odd sizes, and what is left of ours."""
+    model = copy.deepcopy(model).eval()
+    start = time.perf_counter()
+    folded = normprop.fold(model, verify=torch.randn(1, 3, small, small))
+    seconds = time.perf_counter() - start
+    errors = []
+    for size in {small, other}:
+        x = torch.randn(1, 3, size, size)
+        errors.append(gap(folded(x), model(x)))
+    model.double()
+    x = torch.randn(1, 3, small, small, dtype=torch.float64)
+    exact = gap(normprop.fold(model, verify=x)(x), model(x))
+    ours = [n for n, m in folded.named_modules() if type(m).__module__.startswith("normprop")]
+    return {"seconds": seconds, "float32": max(errors), "float64": exact, "ours": ours}
+
+
+def step(model: nn.Module, x: Tensor) -> bool:
+    """Whether a training step at batch size 1 changes the output and leaves it finite."""
+    before = first_output(model(x)).detach()
+    first_output(model(x)).square().mean().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=1e-3)
+    after = first_output(model(x)).detach()
+    return bool(torch.isfinite(after).all()) and not torch.equal(before, after)
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """Which of the promises a row breaks."""
+    if "error" in row:
+        return [row["error"]]
+    found = []
+    gradient = row.get("gradient")
+    residual = any(s in row["model"] for s in ("resnet", "regnet_x"))
+    if gradient:
+        ratio = gradient["measured"] / gradient["predicted"]
+        found += [f"gradient {ratio:.2f} of predicted"] if not 1 / 1.5 <= ratio <= 1.5 else []
+        found += [f"gradient {gradient['measured']:.0f}"] if residual and gradient["measured"] > 10 else []
+    for name, bad in (
+        ("skipped", bool(row["skipped"])),
+        ("BatchNorm left", bool(row["batch_norm_left"])),
+        ("new buffers", bool(row["new_buffers"])),
+        (f"in range {row['in_range']:.2f}", row["in_range"] < 0.9),
+        (f"agree {row['agree']:.2f}", row["agree"] < 0.9),
+        ("not finite at batch size 1", not row["finite_at_1"]),
+        (row["promises"], bool(row["promises"])),
+        (f"preserve float32 {row['preserve_float32']:.0e}", not row["preserve_float32"] < 1e-4),
+        (f"preserve float64 {row['preserve_float64']:.0e}", not row["preserve_float64"] < 1e-9),
+        ("step at batch size 1", not row["step_at_1"]),
+        *(
+            (f"{kind} {dtype} {row[kind][dtype]:.0e}", not row[kind][dtype] < limit)
+            for kind in ("fold", "fold_preserved")
+            for dtype, limit in (("float32", 1e-4), ("float64", 1e-9))
+        ),
+        ("ours left after fold", bool(row["fold"]["ours"] or row["fold_preserved"]["ours"])),
+    ):
+        found += [name] if bad else []
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| model | sites | skipped | seconds | std in range | agrees | gradient first/last (predicted) | "
+        "preserve f32 / f64 | fold f32 / f64 | misses |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if "error" in row:
+            lines.append(f"| {row['model']} | | | | | | | | | {row['error']} |")
+            continue
+        g = row.get("gradient")
+        ratio = f"{g['measured']:.1f} ({g['predicted']:.1f})" if g else ""
+        lines.append(
+            f"| {row['model'].split(':')[1]} | {row['sites']} | {len(row['skipped'])} | {row['seconds']:.1f} | "
+            f"{row['in_range']:.2f} | {row['agree']:.2f} | {ratio} | "
+            f"{row['preserve_float32']:.0e} / {row['preserve_float64']:.0e} | "
+            f"{row['fold']['float32']:.0e} / {row['fold']['float64']:.0e} | {', '.join(failures(row)) or '-'} |"
+        )
+    good = sum(not failures(row) for row in rows)
+    strict = sum("error" not in row and not row["skipped"] for row in rows)
+    lines.append(f"\n{len(rows)} models, {strict} convert with strict=True, {good} keep every promise.")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("library", choices=("torchvision", "timm"))
+    parser.add_argument("--only", help="comma-separated names")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "zoo")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    path = arguments.out / f"{arguments.library}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    if arguments.only:
+        names = [f"{arguments.library}:{name}" for name in arguments.only.split(",")]
+        rows = [row for row in rows if row["model"] not in names]
+    else:
+        names = torchvision_names() if arguments.library == "torchvision" else timm_names()
+    done = {row["model"] for row in rows}
+    started = time.perf_counter()
+    waiting = [name for name in names if name not in done]
+    for number, name in enumerate(waiting, 1):
+        try:
+            row = check(name)
+        except Exception as error:
+            row = {"model": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        rows.append(row)
+        rows.sort(key=lambda row: row["model"])
+        write_json(path, {"environment": environment(), "rows": rows})
+        (arguments.out / f"{arguments.library}.md").write_text(table(rows) + "\n")
+        left = (time.perf_counter() - started) / number * (len(waiting) - number) / 60
+        print(
+            f"{number}/{len(waiting)} {name}: {', '.join(failures(row)) or 'fine'} ({left:.0f} min left)",
+            flush=True,
+        )
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
