@@ -1,4 +1,4 @@
-"""The command line: ``normprop compare | train | bench | inspect | moments``."""
+"""The command line: ``normprop compare | train | bench | inspect | convert | fold | export | moments``."""
 
 from __future__ import annotations
 
@@ -391,6 +391,212 @@ if typer is not None:
             write_json(out / "signal.json", result)
         if not json:
             print(f"{out}/signal.png, {out}/signal.json")
+
+    Source = Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="torchvision:NAME, timm:NAME, package.module:factory, or a FILE.pt that torch.save or "
+            "'normprop convert' wrote. Reading a file runs code that it holds: open only what you trust.",
+        ),
+    ]
+    InputSize = Annotated[
+        str | None,
+        typer.Option(help="Shape of one sample, such as 3x224x224; by default what the model says."),
+    ]
+    Preserve = Annotated[
+        bool,
+        typer.Option(
+            "--preserve", help="Convert to what the model computes in eval mode (trained weights)."
+        ),
+    ]
+    First = Annotated[bool, typer.Option("--convert", help="Convert the model first.")]
+    Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")]
+    Out = Annotated[Path | None, typer.Option(help="File to save the model to, such as model.pt.")]
+
+    @app.command()
+    def convert(
+        model: Source,
+        preserve: Preserve = False,
+        rule: Rule = "recommended",
+        strict: Annotated[
+            bool, typer.Option("--strict", help="Fail if a BatchNorm cannot be converted.")
+        ] = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan, write nothing.")] = False,
+        input_size: InputSize = None,
+        out: Out = None,
+        overwrite: Overwrite = False,
+        json: Json = False,
+    ) -> None:
+        """BatchNorm to Normalization Propagation in a whole model: what was replaced, what not and why."""
+        from dataclasses import asdict
+
+        from normprop.recipes.export import check_target, save
+        from normprop.recipes.results import environment
+
+        if out is not None:
+            check_target(out, overwrite, "--out")
+        network, example = _model(model, input_size)
+        conversion = _converted(model, network, example, preserve, rule, strict)
+        saved = out is not None and not dry_run
+        if saved:
+            save(conversion.model, out)
+        if json:
+            setting = {"model": model, "preserve": preserve, "rule": rule, "input_size": example.shape[1:]}
+            sites = {
+                kind: [asdict(site) for site in getattr(conversion, kind)]
+                for kind in ("replaced", "skipped")
+            }
+            file = {"saved": str(out) if saved else None}
+            _print_json({**setting, **sites, "notes": conversion.notes, **file, **environment()})
+            return
+        print(conversion)
+        if saved:
+            print(out)
+        else:
+            print(
+                "dry run: nothing was saved"
+                if dry_run
+                else "nothing was saved; --out FILE.pt saves the model"
+            )
+
+    @app.command()
+    def fold(
+        model: Source,
+        input_size: InputSize = None,
+        convert: First = False,
+        preserve: Preserve = False,
+        out: Out = None,
+        overwrite: Overwrite = False,
+        json: Json = False,
+    ) -> None:
+        """A NormProp model as plain torch for inference, compared with the model on a Gaussian input."""
+        from normprop.graph.fold import FoldError
+        from normprop.graph.trace import TraceError
+        from normprop.recipes import InputError
+        from normprop.recipes.export import (
+            check_target,
+            has_our_layers,
+            left,
+            outputs,
+            relative_error,
+            save,
+        )
+        from normprop.recipes.results import environment
+
+        if out is not None:
+            check_target(out, overwrite, "--out")
+        network, example = _model(model, input_size)
+        if convert or preserve:
+            network = _converted(model, network, example, preserve).model
+        if not has_our_layers(network):
+            raise InputError(f"MODEL {model} has no layers of normprop; pass --convert to convert it first")
+        try:
+            folded = normprop.fold(network, verify=example)
+        except TraceError as error:
+            raise InputError(f"MODEL {model}: {error}") from error
+        except FoldError as error:
+            _exit(f"MODEL {model}: {error}", 1)
+        error = relative_error(outputs(folded, example), outputs(network, example))
+        if out is not None:
+            save(folded, out)
+        counts = left(folded)
+        if json:
+            setting = {"model": model, "converted": convert or preserve, "input_size": example.shape[1:]}
+            file = {"saved": None if out is None else str(out)}
+            _print_json({**setting, "left": counts, "relative_error": error, **file, **environment()})
+            return
+        width = max(map(len, counts))
+        print(f"{'left':{width}}  count")
+        for name, count in counts.items():
+            print(f"{name:{width}}  {count:5}")
+        print(f"\nlargest difference from the model: {error:.1e} of its largest output")
+        print(out or "nothing was saved; --out FILE.pt saves the folded model")
+
+    @app.command()
+    def export(
+        model: Source,
+        out: Annotated[
+            Path, typer.Argument(metavar="OUT", help="FILE.onnx (ONNX) or FILE.pt2 (torch.export).")
+        ],
+        input_size: InputSize = None,
+        convert: First = False,
+        preserve: Preserve = False,
+        dynamic_batch: Annotated[
+            bool, typer.Option(help="Any number of samples a call, or always one.")
+        ] = True,
+        overwrite: Overwrite = False,
+        json: Json = False,
+    ) -> None:
+        """Fold a model, export it to ONNX or torch.export, and compare the file's outputs with the model's."""
+        from normprop.graph.fold import FoldError
+        from normprop.graph.trace import TraceError
+        from normprop.recipes import InputError
+        from normprop.recipes.export import ExportError, check_target, export as write
+        from normprop.recipes.results import environment
+
+        check_target(out, overwrite, "OUT")
+        network, example = _model(model, input_size)
+        if convert or preserve:
+            network = _converted(model, network, example, preserve).model
+        try:
+            result = write(
+                network, out, example if dynamic_batch else example[:1], dynamic_batch, overwrite
+            )
+        except TraceError as error:
+            raise InputError(f"MODEL {model}: {error}") from error
+        except (ExportError, FoldError) as error:
+            _exit(f"MODEL {model}: {error}", 1)
+        if json:
+            setting = {"model": model, "converted": convert or preserve, "input_size": example.shape[1:]}
+            _print_json({**setting, **result, "saved": str(out), **environment()})
+            return
+        for count, error in result["errors"].items():
+            print(f"batch size {count}: largest difference {error:.1e} of the model's largest output")
+        print(f"{out}, {result['bytes'] / 1e6:.1f} MB")
+
+
+def _model(spec: str, size: str | None) -> tuple[Any, Any]:
+    """A model and two Gaussian samples that it takes."""
+    import torch
+
+    from normprop.recipes import InputError
+    from normprop.recipes.export import gaussian, load, outputs
+    from normprop.recipes.zoo import input_size
+
+    torch.manual_seed(0)  # of the weights
+    network = load(spec)
+    shape = input_size(network, size)
+    example = gaussian(shape)
+    try:
+        outputs(network, example)
+    except Exception as error:  # the model's code meets an input that it was not made for
+        said = "x".join(map(str, shape))
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--input-size {said}: MODEL {spec} cannot run on such samples ({reason})"
+            + ("; pass another --input-size" if size is None else "")
+        ) from error
+    return network, example
+
+
+def _converted(
+    spec: str, network: Any, example: Any, preserve: bool, rule: str = "recommended", strict: bool = False
+) -> Any:
+    from normprop.graph.convert import ConversionError
+    from normprop.graph.trace import TraceError
+    from normprop.recipes import InputError
+
+    rules = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
+    if rule not in rules:
+        raise InputError(f"--rule {rule}: expected one of {', '.join(rules)}")
+    try:
+        return normprop.convert(network, rules[rule], preserve, strict, example=example)
+    except ConversionError as error:
+        head, *reasons = str(error).splitlines()
+        raise InputError(f"MODEL {spec}: {head} {'; '.join(map(str.strip, reasons))}") from error
+    except (TraceError, ValueError) as error:
+        raise InputError(f"MODEL {spec}: {error}") from error
 
 
 def _numbers(option: str, text: str) -> list[int]:

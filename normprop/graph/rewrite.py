@@ -34,7 +34,6 @@ _LAYERS = {
 _PRESERVE = NormRule(centered=False, constants="none", gain=1.0)
 _TOLERANCE = 0.15  # how far from mean 0, std 1, and from its prediction, a weight layer's map may be
 _TINY = 0.1  # a branch that starts below this std (layer scale) is left to grow by itself
-_GATES = (nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh)
 # Nodes through which a map passes with its elements as they are.
 _PASSING = {
     "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze",
@@ -333,7 +332,7 @@ class Rewriter:
                 while key(top) in _PASSING and len(top.users) == 1:
                     top = tensor_inputs(top)[0]
                 alone = len(top.users) == 1 and len(tensor_inputs(top)) == 1
-                if not (alone and isinstance(tracing.activation_of(top, self.module(top)), _GATES)):
+                if not (alone and _is_bounded(tracing.activation_of(top, self.module(top)))):
                     continue
                 if (
                     tensor_inputs(top)[0] is not other
@@ -818,6 +817,14 @@ _OUT_OF_PLACE: dict[Any, Any] = {
     **{getattr(torch, f"{n}_"): getattr(torch, n) for n in ("relu", "selu", "celu")},
     **{f"{n}_": n for n in ("add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "clamp", "clamp_min")},
 }
+
+
+def _is_bounded(activation: nn.Module | None) -> bool:
+    """Whether a function, such as sigmoid, stays small far out: what gates are made of."""
+    if activation is None or activations.is_learned(activation):
+        return False
+    with torch.no_grad():
+        return bool(_out_of_place(activation)(torch.tensor([-50.0, 50.0])).abs().max() < 10)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
