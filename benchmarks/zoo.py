@@ -15,15 +15,16 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normprop
+from normprop.graph.predict import walk
+from normprop.graph.trace import trace
 from normprop.recipes.results import environment, write_json
 from normprop.recipes.zoo import load_model
 
@@ -129,9 +130,9 @@ def check(spec: str) -> dict[str, Any]:
     row["new_buffers"] = [n for n, _ in fresh.named_buffers() if n not in kept]
 
     start = time.perf_counter()
-    trace = normprop.predict(fresh, torch.empty(1, 3, size, size, device="meta"))
+    normprop.predict(fresh, torch.empty(1, 3, size, size, device="meta"))
     row["predict_seconds"] = time.perf_counter() - start
-    row |= signals(fresh, trace, torch.randn(4, 3, size, size))
+    row |= signals(fresh, torch.randn(4, 3, size, size))
     if name in GRADIENT:
         row["gradient"] = gradient(fresh, size)
     one = torch.randn(1, 3, size, size)
@@ -141,7 +142,7 @@ def check(spec: str) -> dict[str, Any]:
     fresh.zero_grad()
     row["promises"] = promises(fresh, small)
     row["fold"] = folds(fresh, small, other)
-    del fresh, conversion, trace
+    del fresh, conversion
     gc.collect()
 
     for module in model.modules():
@@ -168,49 +169,26 @@ def check(spec: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def signals(model: nn.Module, trace: normprop.SignalTrace, x: Tensor) -> dict[str, float]:
-    """Shares of the weight layers that read a std in [0.7, 1.4], and what predict said."""
-    from normprop.diagnostics import measure
+def signals(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Of the maps that NormProp layers read: shares with std in [0.7, 1.4], and as predict says."""
+    graph_module = trace(model, x)
+    predicted = {record.name: record for record in walk(graph_module).trace()}
+    in_range, agree = [], []
 
-    seen: dict[str, float] = {}
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "rule")}
+    class Reader(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            if n.op == "call_module" and hasattr(graph_module.get_submodule(str(n.target)), "rule"):
+                source = n.all_input_nodes[0]
+                var, mean = torch.var_mean(self.env[source].double())
+                std, foreseen = float(var.sqrt()), predicted[source.name]
+                in_range.append(0.7 <= std <= 1.4)
+                close = 1 / 1.2 <= std / max(foreseen.std, 1e-9) <= 1.2
+                agree.append(close and abs(float(mean) - foreseen.mean) <= 0.2 * foreseen.std)
+            return super().run_node(n)
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen.setdefault(name, float(inputs[0].std()))
-
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    with torch.enable_grad():
-        measured = measure(model, x[:2])
-    agree = [
-        m.mean is not None
-        and 1 / 1.2 <= m.std / max(p.std, 1e-9) <= 1.2
-        and abs(m.mean - p.mean) <= 0.2 * p.std
-        for m, p in read_by_layers(measured, model)
-    ]
-    return {
-        "layers": len(layers),
-        "in_range": sum(0.7 <= std <= 1.4 for std in seen.values()) / max(1, len(seen)),
-        "agree": sum(agree) / max(1, len(agree)),
-    }
-
-
-def read_by_layers(measured: normprop.SignalTrace, model: nn.Module) -> Iterator[tuple[Any, Any]]:
-    """(measured, predicted) record of the map that each NormProp layer reads."""
-    assert measured.predicted is not None
-    predicted = {r.name: r for r in measured.predicted}
-    by_name = {r.name: r for r in measured}
-    root = model.graphs[model.training] if hasattr(model, "graphs") else model  # type: ignore[index, operator]
-    for node in root.graph.nodes:  # type: ignore[union-attr]
-        if node.op == "call_module" and hasattr(model.get_submodule(node.target), "rule"):
-            source = node.all_input_nodes[0]
-            if source.name in by_name and source.name in predicted:
-                yield by_name[source.name], predicted[source.name]
+    Reader(graph_module).run(x)
+    count = max(1, len(agree))
+    return {"layers": len(agree), "in_range": sum(in_range) / count, "agree": sum(agree) / count}
 
 
 def gradient(model: nn.Module, size: int) -> dict[str, float]:

@@ -438,27 +438,23 @@ if typer is not None:
             check_target(out, overwrite, "--out")
         network, example = _model(model, input_size)
         conversion = _converted(model, network, example, preserve, rule, strict)
-        saved = out is not None and not dry_run
-        if saved:
-            save(conversion.model, out)
+        saved = None if dry_run else out
+        if saved is not None:
+            save(conversion.model, saved)
         if json:
             setting = {"model": model, "preserve": preserve, "rule": rule, "input_size": example.shape[1:]}
             sites = {
                 kind: [asdict(site) for site in getattr(conversion, kind)]
                 for kind in ("replaced", "skipped")
             }
-            file = {"saved": str(out) if saved else None}
+            file = {"saved": None if saved is None else str(saved)}
             _print_json({**setting, **sites, "notes": conversion.notes, **file, **environment()})
             return
         print(conversion)
-        if saved:
-            print(out)
-        else:
-            print(
-                "dry run: nothing was saved"
-                if dry_run
-                else "nothing was saved; --out FILE.pt saves the model"
-            )
+        unsaved = (
+            "dry run: nothing was saved" if dry_run else "nothing was saved; --out FILE.pt saves the model"
+        )
+        print(saved or unsaved)
 
     @app.command()
     def fold(
@@ -497,20 +493,20 @@ if typer is not None:
             raise InputError(f"MODEL {model}: {error}") from error
         except FoldError as error:
             _exit(f"MODEL {model}: {error}", 1)
-        error = relative_error(outputs(folded, example), outputs(network, example))
+        gap = relative_error(outputs(folded, example), outputs(network, example))
         if out is not None:
             save(folded, out)
         counts = left(folded)
         if json:
             setting = {"model": model, "converted": convert or preserve, "input_size": example.shape[1:]}
             file = {"saved": None if out is None else str(out)}
-            _print_json({**setting, "left": counts, "relative_error": error, **file, **environment()})
+            _print_json({**setting, "left": counts, "relative_error": gap, **file, **environment()})
             return
         width = max(map(len, counts))
         print(f"{'left':{width}}  count")
         for name, count in counts.items():
             print(f"{name:{width}}  {count:5}")
-        print(f"\nlargest difference from the model: {error:.1e} of its largest output")
+        print(f"\nlargest difference from the model: {gap:.1e} of its largest output")
         print(out or "nothing was saved; --out FILE.pt saves the folded model")
 
     @app.command()
@@ -551,8 +547,8 @@ if typer is not None:
             setting = {"model": model, "converted": convert or preserve, "input_size": example.shape[1:]}
             _print_json({**setting, **result, "saved": str(out), **environment()})
             return
-        for count, error in result["errors"].items():
-            print(f"batch size {count}: largest difference {error:.1e} of the model's largest output")
+        for count, gap in result["errors"].items():
+            print(f"batch size {count}: largest difference {gap:.1e} of the model's largest output")
         print(f"{out}, {result['bytes'] / 1e6:.1f} MB")
 
 
@@ -595,7 +591,7 @@ def _converted(
     except ConversionError as error:
         head, *reasons = str(error).splitlines()
         raise InputError(f"MODEL {spec}: {head} {'; '.join(map(str.strip, reasons))}") from error
-    except (TraceError, ValueError) as error:
+    except TraceError as error:
         raise InputError(f"MODEL {spec}: {error}") from error
 
 

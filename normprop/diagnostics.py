@@ -1,7 +1,7 @@
 r"""``measure``: what :func:`normprop.predict` says, held against data, and what only data can say.
 
 The model is copied, traced and run node by node. A node's statistics are taken the moment it has run,
-before a later in-place operation can change its tensor (docs/method.md, section 10).
+before a later in-place operation can change its tensor (docs/method.md, section 11).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ r"""``convert``: a BatchNorm model in, a NormProp model out.
 Five stages: copy and trace; find the sites; plan each, or say why not; raise with all reasons if
 ``strict``; rewrite and return. Two modes: *fresh* keeps every map that a weight layer reads at mean
 0, variance 1; ``preserve=True`` computes what the source computes in eval mode (docs/method.md,
-section 11).
+section 12).
 """
 
 from __future__ import annotations

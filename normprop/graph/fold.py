@@ -3,7 +3,7 @@ r"""``fold``: a NormProp model as plain torch, for inference.
 The graph is built anew, node by node. What a node returns is held as ``a * u + b``, u being a node of
 the new graph and a, b numbers: an activation's constants, a pool's, a sum's weights wait there until
 something takes them in exactly - a convolution's weight and bias, the next sum, a threshold - or until
-they have to be written down as one element-wise operation (docs/method.md, section 12).
+they have to be written down as one element-wise operation (docs/method.md, section 13).
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ class _Folder:
             if what == "div":
                 return _Value(first.node, first.a / number, first.b / number)
             if what in ("add", "sub", "rsub"):
-                alpha = float(node.kwargs.get("alpha", 1.0))
+                alpha = float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
                 if what == "rsub":
                     return _Value(first.node, -alpha * first.a, number - alpha * first.b)
                 sign = 1.0 if what == "add" else -1.0
@@ -238,7 +238,7 @@ class _Folder:
             and shape(inputs[0]) == shape(inputs[1])
         ):
             second = self.values[inputs[1]]
-            alpha = float(node.kwargs.get("alpha", 1.0))
+            alpha = float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
             ratio = alpha * second.a / first.a
             extra = {} if ratio == 1.0 else {"alpha": ratio}
             new = self.call(torch.add, first.node, second.node, **extra)

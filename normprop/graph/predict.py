@@ -138,7 +138,8 @@ class Walk:
                     f"by formula {first.mean:.3g}, {first.std:.3g}"
                 )
             # They are what is known of the map.
-            return first.standardized(), [lambda density: density / module.std**2]
+            square = module.std**2
+            return first.standardized(), [lambda density: density / square]
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             return self._sum([self._signal(n) for n in inputs], module.factors)
@@ -146,7 +147,7 @@ class Walk:
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
             shapes = [shape(n) for n in inputs]
-            signal, factors = module.propagate(
+            signal, factors = module.propagate(  # type: ignore[operator]
                 *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
             )
             return signal, list(factors)
@@ -536,7 +537,7 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
 
 def through_channels(
     values: Tensor, weights: Tensor, scale: Tensor, shift: Tensor, function: Callable[[Tensor], Tensor]
-) -> Result:
+) -> tuple[Signal, float]:
     """``function(scale * x + shift)``, all channels together, and the mean square of its slope.
 
     Args:

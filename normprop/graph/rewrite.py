@@ -635,8 +635,9 @@ class Rewriter:
             module = self.module(node)
             chain = next((c for c in chains.values() if c.end is node), None)
             if chain is not None:
-                plain = chain.weight is not None and chain.activation is None
-                return chain if plain and len(self.calls[self.local(chain.weight)]) <= 1 else None
+                if chain.weight is None or chain.activation is not None:
+                    return None
+                return chain if len(self.calls[self.local(chain.weight)]) <= 1 else None
             random = isinstance(module, nn.Dropout) or type(module).__name__ in tracing.RANDOM_NAMES
             if not (random or isinstance(module, nn.Identity) or key(node) in _PASSING):
                 return None

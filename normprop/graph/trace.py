@@ -135,7 +135,7 @@ class _Tracer(fx.Tracer):
         value = obj.node.meta.get("value", _MISSING)
         if value is _MISSING:
             return super().iter(obj)
-        return iter([obj[index] for index in range(len(value))])
+        return iter([obj[index] for index in range(len(value))])  # type: ignore[index]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         value = obj.node.meta.get("value", _MISSING)
@@ -166,9 +166,9 @@ class _Tracer(fx.Tracer):
             return node.args[0]
         if node.op == "get_attr":
             try:
-                return operator.attrgetter(node.target)(self.shadow)
+                return operator.attrgetter(str(node.target))(self.shadow)
             except AttributeError:  # a tensor that the code made and fx keeps as a constant
-                return operator.attrgetter(node.target)(self.root).to("meta")
+                return operator.attrgetter(str(node.target))(self.root).to("meta")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
         if node.op == "call_module":
             return self.shadow.get_submodule(str(node.target))(*args, **kwargs)
@@ -201,7 +201,7 @@ def trace(
     if example is not None:
         inputs = tuple(t.to("meta") for t in (example if isinstance(example, tuple) else (example,)))
     if hasattr(model, "by_mode"):
-        model = model.graphs[model.training]  # type: ignore[index, operator]
+        model = model.graphs[model.training]  # type: ignore[index, operator, assignment]
     if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:
         model = nn.Sequential(model)
     before = set(vars(model))
@@ -376,7 +376,12 @@ def shape(node: Any) -> tuple[int, ...] | None:
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads, in order, each as often as it is named."""
     found: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)
+
+    def note(n: fx.Node) -> fx.Node:
+        found.append(n)
+        return n
+
+    fx.node.map_arg((node.args, node.kwargs), note)
     return found
 
 

@@ -42,7 +42,7 @@ def load(spec: str) -> nn.Module:
     Raises:
         InputError: If there is no such model, or the file holds something else.
     """
-    if not spec.endswith(".pt"):
+    if not spec.endswith((".pt", ".pth")):
         return load_model(spec)
     if not Path(spec).is_file():
         raise InputError(f"MODEL {spec}: no such file")
