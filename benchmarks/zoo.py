@@ -35,10 +35,14 @@ GRADIENT = (
 
 
 def torchvision_names() -> list[str]:
+    """All with BatchNorm, the smallest first."""
     import torchvision
 
-    names = torchvision.models.list_models(module=torchvision.models)
-    return [f"torchvision:{name}" for name in names if has_batch_norm(f"torchvision:{name}")]
+    sizes = []
+    for name in torchvision.models.list_models(module=torchvision.models):
+        if count := parameters_of(f"torchvision:{name}"):
+            sizes.append((count, name))
+    return [f"torchvision:{name}" for _, name in sorted(sizes)]
 
 
 def timm_names() -> list[str]:
@@ -47,30 +51,22 @@ def timm_names() -> list[str]:
 
     smallest = []
     for family in timm.list_modules():
-        best: tuple[int, str] | None = None
-        for name in timm.list_models(module=family):
-            try:
-                with torch.device("meta"):
-                    model = timm.create_model(name)
-            except Exception:
-                continue  # it needs values, or a download
-            count = sum(p.numel() for p in model.parameters())
-            if any(isinstance(m, _BatchNorm) for m in model.modules()) and (
-                best is None or count < best[0]
-            ):
-                best = (count, name)
-        if best is not None:
-            smallest.append(best)
+        counted = [(parameters_of(f"timm:{name}"), name) for name in timm.list_models(module=family)]
+        smallest += sorted(pair for pair in counted if pair[0])[:1]
     return [f"timm:{name}" for _, name in sorted(smallest)]
 
 
-def has_batch_norm(spec: str) -> bool:
+def parameters_of(spec: str) -> int:
+    """How many parameters a model with BatchNorm has; 0 for others, and for those that need a download."""
     try:
         with torch.device("meta"):
             model = load_model(spec)
     except Exception:  # some read values while they are built
+        if spec.startswith("timm:"):
+            return 0
         model = load_model(spec)
-    return any(isinstance(m, _BatchNorm) for m in model.modules())
+    normed = any(isinstance(m, _BatchNorm) for m in model.modules())
+    return normed * sum(p.numel() for p in model.parameters())
 
 
 def quiet(model: nn.Module) -> nn.Module:
@@ -320,9 +316,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("library", choices=("torchvision", "timm"))
     parser.add_argument("--only", help="comma-separated names")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "zoo")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
     path = arguments.out / f"{arguments.library}.json"
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text())["rows"] if path.exists() else []

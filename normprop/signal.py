@@ -31,8 +31,8 @@ class Signal:
     Example:
         >>> z = Signal.gaussian()
         >>> y, slope = z.apply(torch.relu)
-        >>> round(y.mean, 4), round(y.std, 4), round(slope, 4)
-        (0.3989, 0.5838, 0.5)
+        >>> round(y.mean, 3), round(y.std, 3), round(slope, 3)
+        (0.399, 0.584, 0.5)
         >>> round(z.maximum(9).mean, 3)
         1.485
     """
