@@ -49,6 +49,11 @@ class Record:
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def var(self) -> float:
+        """The std squared."""
+        return self.std**2
+
+    @property
     def place(self) -> str:
         """Where to look in the code: the module's path; for a function its node behind that."""
         plain = self.path.replace(".", "_")

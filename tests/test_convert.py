@@ -13,8 +13,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from torch import nn
 from timm.layers import BatchNormAct2d
+from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations
@@ -185,7 +185,7 @@ SITES = {
     "groups": (lambda: triple(C(4, 8, groups=4), B(8)), (2, 4, 7, 7)),
     "dilation": (lambda: triple(nn.Conv2d(3, 8, 3, 2, 2, 2), B(8)), (2, 3, 9, 8)),
     "reflect": (lambda: triple(C(3, 8, padding_mode="reflect"), B(8)), (2, 3, 7, 7)),
-    "same": (lambda: triple(nn.Conv2d(3, 8, (2, 3), padding="same"), B(8)), (2, 3, 7, 7)),
+    "same": (lambda: triple(nn.Conv2d(3, 8, (1, 3), padding="same"), B(8)), (2, 3, 7, 7)),
     "no affine": (lambda: triple(C(3, 8), B(8, affine=False)), (2, 3, 7, 7)),
     "cumulative average": (lambda: triple(C(3, 8), B(8, momentum=None, eps=0.1)), (2, 3, 7, 7)),
     "sync": (lambda: triple(C(3, 8), nn.SyncBatchNorm(8)), (2, 3, 7, 7)),
@@ -249,6 +249,7 @@ def test_preserved_is_the_source_in_eval_mode(build, shape):
     assert any("constants 'none'" in note for note in conversion.notes)
 
 
+@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad")  # see below
 @sites
 @pytest.mark.parametrize("preserve", [True, False], ids=["preserved", "fresh"])
 def test_what_every_conversion_keeps(build, shape, preserve):
@@ -257,6 +258,7 @@ def test_what_every_conversion_keeps(build, shape, preserve):
         n for n, m in model.named_modules() if not isinstance(m, _BatchNorm) and list(m.parameters(False))
     }
     before = fingerprint(model)
+    torch.manual_seed(1)  # rows of zeros are drawn anew
     conversion = convert(model, preserve=preserve, example=x)
     assert_untouched(model, before)
     converted = conversion.model
@@ -264,6 +266,7 @@ def test_what_every_conversion_keeps(build, shape, preserve):
     assert not list(converted.buffers())
     assert not conversion.skipped
     assert paths <= {n for n, _ in converted.named_modules()} | {"act"}  # a PReLU is in its layer
+    torch.manual_seed(1)
     again = convert(model, preserve=preserve, example=x).model
     assert list(again.state_dict()) == list(converted.state_dict())
     torch.testing.assert_close(again.state_dict(), converted.state_dict(), rtol=0, atol=0)
@@ -696,6 +699,26 @@ def test_an_optional_input_that_is_not_given():
     torch.testing.assert_close(converted(X), model.eval()(X), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.xfail(
+    strict=True, raises=UserWarning, reason="float() of a parameter's moments, which require grad"
+)
+def test_no_warning_of_a_weight_read_by_a_function():
+    torch.set_warn_always(True)  # torch warns of this once a process
+    try:
+        convert(prepared(SITES["functional conv"][0]), example=randn(*SITES["functional conv"][1]))
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.xfail(strict=True, reason="a zero row is looked for by value before is_meta")
+def test_a_model_without_data():
+    with torch.device("meta"):
+        model = network()
+    assert convert(model, example=torch.empty(1, 3, 13, 12)).model(
+        torch.empty(2, 3, 13, 12, device="meta")
+    ).shape == (2, 4)
+
+
 @pytest.mark.xfail(strict=True, reason="functional dropout in the training graph is run for the constants")
 def test_functional_dropout_leaves_the_random_state_alone():
     state = torch.get_rng_state()
@@ -719,19 +742,23 @@ def test_any_attribute_may_be_the_users(name):
 # --- hooks and optimizers -----------------------------------------------------------------------
 
 
-def test_hooks_are_kept_or_listed():
+@pytest.mark.parametrize("names", [
+    ("conv1", "bn1", "relu", "fc"),
+    pytest.param(("pool",), marks=pytest.mark.xfail(strict=True, reason="a normalised pool has no hooks")),
+])  # fmt: skip
+def test_hooks_are_kept_or_listed(names):
     model = network()
     seen = []
-    for name in ("conv1", "bn1", "relu", "pool", "fc"):
+    for name in names:
         model.get_submodule(name).register_forward_hook(lambda m, args, y, name=name: seen.append(name))
     model.register_forward_hook(lambda m, args, y: seen.append("model"))
     conversion = convert(model, example=X.float())
     seen.clear()
     conversion.model(X.float())
     lost = {note.split("'")[1] for note in conversion.notes if "is lost" in note}
-    assert lost | set(seen) == {"model", "conv1", "bn1", "relu", "pool", "fc"}
+    assert lost | set(seen) == {"model", *names}
     assert not lost & set(seen)
-    assert {"conv1", "fc"} <= set(seen)
+    assert lost <= {"model", "bn1", "relu"}
 
 
 @pytest.mark.xfail(strict=True, reason="the hook moves without its entry in _forward_hooks_with_kwargs")

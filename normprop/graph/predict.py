@@ -146,6 +146,8 @@ class Walk:
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
+            if "MaxPool" in type(module).__name__:
+                self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
             shapes = [shape(n) for n in inputs]
             signal, factors = module.propagate(  # type: ignore[operator]
                 *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes

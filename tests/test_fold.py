@@ -1,0 +1,501 @@
+"""``fold``: the folded model against the model, and nothing of ours in it."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import normprop
+from normprop import (
+    PAPER,
+    RECOMMENDED,
+    GlobalDataNorm,
+    NormalizedActivation,
+    NormalizedAdaptiveAvgPool2d,
+    NormalizedAdaptiveMaxPool2d,
+    NormalizedAdd,
+    NormalizedAvgPool2d,
+    NormalizedCat,
+    NormalizedDropout,
+    NormalizedGate,
+    NormalizedMaxPool2d,
+    NormalizedUpsample,
+    NormPropConv2d,
+    NormPropConvTranspose2d,
+    NormPropLinear,
+    NormRule,
+    Standardize,
+    activations,
+    convert,
+    fold,
+)
+from normprop.graph import fold as folding
+from normprop.graph.fold import FoldError
+from normprop.recipes import models
+
+LIMIT = {torch.float32: 1e-4, torch.float64: 1e-9}
+RULES = {
+    "paper": PAPER,
+    "recommended": RECOMMENDED,
+    "affine": NormRule(constants="affine"),
+    "none": NormRule(constants="none"),
+}
+rules = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+KINDS = {
+    1: (normprop.NormPropConv1d, normprop.NormPropConvTranspose1d),
+    2: (normprop.NormPropConv2d, normprop.NormPropConvTranspose2d),
+    3: (normprop.NormPropConv3d, normprop.NormPropConvTranspose3d),
+}
+
+
+def randn(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+class Code(nn.Module):
+    """A model whose forward is a function of itself and its input."""
+
+    def __init__(self, body, **modules):
+        super().__init__()
+        self.body = body
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def trained(model, dtype=torch.float64):
+    """Parameters as after training: gains of any sign, biases, slopes."""
+    for index, (name, p) in enumerate(model.named_parameters()):
+        with torch.no_grad():
+            noise = randn(*p.shape, seed=index).to(p.dtype)
+            p.add_((0.3 if p.ndim > 1 else 0.5) * noise)
+            if name.endswith("gain"):
+                p[::5] *= -1
+    return model.to(dtype)
+
+
+def nothing_of_ours(folded):
+    assert not [n for n, m in folded.named_modules() if type(m).__module__.startswith("normprop")]
+    targets = [n.target for n in folded.graph.nodes if n.op == "call_function"]
+    assert not [t for t in targets if (getattr(t, "__module__", "") or "").startswith("normprop")]
+
+
+@torch.no_grad()
+def assert_folds(model, *inputs, verify=True):
+    """Equal at every input, whatever it was traced with; the source as it was."""
+    before = copy.deepcopy(model.state_dict())
+    flags = [m.training for m in model.modules()]
+    folded = fold(model, verify=inputs[0] if verify else None)
+    assert [m.training for m in model.modules()] == flags
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    nothing_of_ours(folded)
+    assert not folded.training
+    twin = copy.deepcopy(model).eval()
+    for x in inputs:
+        kept = x.clone()
+        expected, actual = twin(x.clone()), folded(x)
+        assert torch.equal(x, kept)
+        scale = float(expected.abs().max())
+        assert float((actual - expected).abs().max()) <= LIMIT[x.dtype] * scale
+    return folded
+
+
+# --- layers -------------------------------------------------------------------------------------
+
+
+@rules
+@pytest.mark.parametrize("name", activations.names())
+def test_every_activation_before_a_padded_convolution(name, rule):
+    """What waits behind the activation meets the next layer's zeros at the border."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        NormPropConv2d(3, 6, 3, padding=1, activation=name, rule=rule),
+        NormPropConv2d(6, 6, 3, 2, 2, dilation=2, groups=2, activation=name, rule=rule),
+        nn.Flatten(2),
+        NormPropLinear(20, 5, activation=name, rule=rule),
+        NormPropLinear(5, 2, activation=None, rule=rule),
+    )
+    assert_folds(trained(net), randn(2, 3, 10, 8))
+
+
+@rules
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("spatial", [1, 2, 3])
+def test_every_kind_of_layer(spatial, transposed, bias, rule):
+    kind = KINDS[spatial][transposed]
+    more = {"stride": 2, "output_padding": 1} if transposed else {}
+    net = nn.Sequential(
+        kind(4, 6, 3, padding=1, bias=bias, activation="silu", rule=rule),
+        kind(6, 4, 3, padding=1, groups=2, bias=bias, rule=rule, **more),
+        kind(4, 4, 3, padding=1, bias=bias, activation="tanh", rule=rule, **more),
+        kind(4, 2, 2, bias=bias, activation=nn.PReLU(2), rule=rule),
+    )
+    assert_folds(trained(net), randn(2, 4, *[5] * spatial), randn(3, 4, *[7] * spatial, seed=1))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("padding", [2, (1, 2), "same", "valid"])
+def test_every_padding(mode, padding, request):
+    if (mode, padding) == ("zeros", "same"):
+        request.applymarker(
+            pytest.mark.xfail(strict=True, reason="len('same') is taken for the number of axes")
+        )
+    net = nn.Sequential(
+        NormPropConv2d(3, 4, 3, activation="gelu"),
+        NormPropConv2d(4, 4, (3, 5), padding=padding, padding_mode=mode, activation="gelu"),
+        nn.Conv2d(4, 4, 3, padding=1, bias=False),
+        NormPropConv2d(4, 4, 3, padding=1, padding_mode=mode),
+    )
+    assert_folds(trained(net), randn(2, 3, 11, 12), randn(2, 3, 9, 13))
+
+
+@rules
+@pytest.mark.parametrize("features", [None, 4])
+@pytest.mark.parametrize("name", ["identity", "relu", "silu", "prelu"])
+def test_a_lone_activation(name, features, rule, request):
+    if (name, features, rule) == ("identity", 4, RULES["affine"]):
+        request.applymarker(
+            pytest.mark.xfail(strict=True, reason="constants a channel compared with (0.0, 1.0)")
+        )
+    net = nn.Sequential(
+        NormPropConv2d(3, 4, 3, padding=1, activation="silu", rule=rule),
+        NormalizedActivation(name, features, rule),
+        NormPropConv2d(4, 4, 3, padding=1, activation=None, rule=rule),
+        NormalizedActivation(name, features, rule),
+    )
+    assert_folds(trained(net), randn(2, 3, 6, 5), randn(2, 3, 7, 7))
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+def test_constants_go_into_weights(dtype):
+    """Of a plain chain nothing but layers, activations, pads and one last affine map is left."""
+    net = nn.Sequential(
+        *(NormPropConv2d(3 if i == 0 else 8, 8, 3, padding=1, activation="silu") for i in range(4)),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        NormPropLinear(8, 2, activation=None),
+    )
+    folded = assert_folds(trained(net, dtype), randn(2, 3, 9, 9, dtype=dtype))
+    functions = [n.target for n in folded.graph.nodes if n.op == "call_function"]
+    assert functions == [F.pad] * 3
+    relu = nn.Sequential(NormPropConv2d(3, 8, 3), NormPropConv2d(8, 8, 3))
+    folded = assert_folds(trained(relu, dtype), randn(2, 3, 9, 9, dtype=dtype))
+    assert [type(m).__name__ for m in folded.children()] == ["Conv2d", "Threshold"] * 2
+
+
+# --- what stands between layers -----------------------------------------------------------------
+
+
+def conv(channels=4, out=4, act="silu", **more):
+    return NormPropConv2d(channels, out, 3, padding=1, activation=act, rule=RECOMMENDED, **more)
+
+
+def joined(join):
+    return lambda self, x: self.last(join(self, self.first(x)))
+
+
+BETWEEN = {
+    "max pool": nn.MaxPool2d(3, 2, 1),
+    "average pool": nn.AvgPool2d(3, 2, 1),
+    "ceiled average pool": nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False),
+    "adaptive average pool": nn.AdaptiveAvgPool2d(3),
+    "adaptive max pool": nn.AdaptiveMaxPool2d(3),
+    "normalised max pool": NormalizedMaxPool2d(3, 2, 1, activation="silu"),
+    "inner normalised max pool": NormalizedMaxPool2d(2, activation="silu", correlation=0.5),
+    "normalised average pool": NormalizedAvgPool2d(3, 2, 1),
+    "normalised adaptive average pool": NormalizedAdaptiveAvgPool2d(2),
+    "upsampling": NormalizedUpsample(scale_factor=2, mode="bilinear"),
+    "dropout": nn.Dropout(0.5),
+    "normalised dropout": NormalizedDropout(0.5),
+    "standardize": Standardize(-0.4, 3.0),
+    "relu": nn.ReLU(),
+    "in-place relu": nn.ReLU(inplace=True),
+    "threshold": nn.Threshold(0.2, 0.2),
+    "another threshold": nn.Threshold(0.2, -0.3),
+    "leaky": nn.LeakyReLU(0.1, inplace=True),
+    "group norm": nn.GroupNorm(2, 4),
+    "batch norm": nn.BatchNorm2d(4),
+    "shuffle": nn.ChannelShuffle(2),
+    "plain convolution": nn.Conv2d(4, 4, 3, padding=1),
+    "transposed": NormPropConvTranspose2d(4, 4, 3, 2, 1, activation="gelu"),
+    "pad": nn.ZeroPad2d(1),
+    "reflect": nn.ReflectionPad2d(1),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_modules_between_layers(between):
+    net = nn.Sequential(conv(3), copy.deepcopy(between), conv())
+    inputs = randn(2, 3, 9, 8), randn(2, 3, 12, 11, seed=1)
+    assert_folds(trained(net), *inputs)
+    assert_folds(trained(net), *inputs, verify=False)
+
+
+JOINS = {
+    "sum": lambda self, x: x + self.a(x),
+    "sum of raw and normalised": lambda self, x: self.raw(x) + self.a(x),
+    "sum in place": lambda self, x: self.a(x).add_(self.b(x)),
+    "sum with alpha": lambda self, x: torch.add(x, self.a(x), alpha=-2),
+    "difference": lambda self, x: self.a(x) - self.b(x),
+    "residual": lambda self, x: self.add(x, self.a(x)),
+    "residual of residuals": lambda self, x: self.add(self.add(x, self.a(x)), self.b(x)),
+    "weighted": lambda self, x: self.three(x, self.a(x), self.raw(x)),
+    "relu after": lambda self, x: F.relu(self.add(x, self.a(x))),
+    "in-place relu after": lambda self, x: self.add(x, self.a(x)).relu_(),
+    "broadcast": lambda self, x: x + self.a(x).mean((2, 3), keepdim=True),
+    "concat": lambda self, x: self.narrow(torch.cat([x, self.a(x)], 1)),
+    "concat of like": lambda self, x: self.narrow(torch.cat([x, x.roll(1, 2)], 1)),
+    "gate": lambda self, x: self.gate(x, self.a(x).mean((2, 3), keepdim=True)),
+    "plain gate": lambda self, x: x * torch.sigmoid(self.a(x)),
+    "squared": lambda self, x: self.a(x) ** 2,
+    "scaled": lambda self, x: 1 - 3 * self.a(x) / 2 + 0.5,
+    "negated relu": lambda self, x: F.relu(-self.a(x)),
+    "clamped": lambda self, x: self.a(x).clamp(min=-0.1),
+    "chunks": lambda self, x: torch.cat(self.a(x).chunk(2, 1), 1),
+    "unpacked chunks": lambda self, x: (lambda y: torch.cat([y[1], y[0]], 1))(self.a(x).split(2, 1)),
+    "flipped": lambda self, x: self.a(x).flip(2).transpose(2, 3).contiguous(),
+    "views": lambda self, x: (y := self.a(x)).view(y.size(0), 4, -1).view(y.shape[0], -1, *y.shape[2:]),
+    "indices": lambda self, x: self.a(x)[:, [1, 0, 3, 2]],
+    "interpolate": lambda self, x: F.interpolate(self.a(x), scale_factor=2),
+    "pad": lambda self, x: F.pad(self.a(x), (1, 2, 0, 1)),
+    "parameter": lambda self, x: self.a(x) * self.scale + self.scale,
+    "functional dropout": lambda self, x: F.dropout(self.a(x), 0.5, self.training),
+    "read twice": lambda self, x: (y := self.a(x)) + self.b(y) + self.raw(y),
+    "one layer twice": lambda self, x: self.a(self.a(x)),
+    "last of raw": lambda self, x: self.linear(x),
+    "twice the output": lambda self, x: (lambda y: y + 2 * y)(self.raw(x)),
+}
+BROKEN = {
+    "chunks stacked": (
+        lambda self, x: torch.stack(self.a(x).chunk(2, 1)).flatten(0, 1),
+        "a tuple that waits is written down as one tensor",
+    ),
+    "product of sizes": (
+        lambda self, x: (y := self.a(x)).view(y.size(0) * 2, 2, *y.shape[2:]).view_as(y),
+        "a size is taken for a map",
+    ),
+    "smaller by one": (lambda self, x: (y := self.a(x))[:, :, : y.size(2) - 1], "a size is taken for a map"),
+    "normalised concat": (
+        lambda self, x: self.narrow(self.cat(x, self.a(x))),
+        "torch.add of two sizes is a tensor, their quotient float32",
+    ),
+    "times zero": (lambda self, x: self.a(x) * 0 + self.b(x), "division by a factor of 0"),
+    "adaptive max pool": (lambda self, x: self.greatest(x), "its pool is no leaf: it cannot be traced"),
+    "parametrized": (
+        lambda self, x: self.parametrized(self.a(x)),
+        "an affine map is written into a weight that is computed",
+    ),
+    "discarded in place": (
+        lambda self, x: (y := self.raw(x), self.relu(y), self.a(y))[2],
+        "an in-place operation whose result is dropped is taken for dead code",
+    ),
+    "discarded method": (lambda self, x: (y := self.raw(x), y.relu_(), self.a(y))[2], "as above"),
+    "in place and read": (
+        lambda self, x: (y := self.a(x), self.b(self.relu(y)) + y)[1],
+        "an in-place operation on a map that waits writes another one",
+    ),
+}  # fmt: skip
+
+
+def parts():
+    torch.manual_seed(0)
+    return {
+        "first": conv(3), "last": conv(), "a": conv(), "b": conv(act="gelu"), "raw": conv(act=None),
+        "narrow": conv(8, 4), "add": NormalizedAdd.residual(3), "three": NormalizedAdd((1.0, 2.0, -1.0)),
+        "cat": NormalizedCat(1, (1.0, 2.0)), "gate": NormalizedGate(), "relu": nn.ReLU(inplace=True),
+        "scale": nn.Parameter(torch.ones(4, 1, 1)), "linear": nn.Conv2d(4, 4, 1),
+        "greatest": NormalizedAdaptiveMaxPool2d(3, activation="silu"),
+        "parametrized": parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        *(pytest.param(join, id=name) for name, join in JOINS.items()),
+        *(
+            pytest.param(join, id=name, marks=pytest.mark.xfail(strict=True, reason=reason))
+            for name, (join, reason) in BROKEN.items()
+        ),
+    ],
+)
+def test_code_between_layers(join):
+    inputs = randn(2, 3, 9, 8), randn(3, 3, 7, 10, seed=1)
+    for body in (joined(join), lambda self, x: join(self, self.first(x))):  # read by a layer, or returned
+        assert_folds(trained(Code(body, **parts())), *inputs)
+
+
+def test_outputs_of_any_structure():
+    def body(self, x):
+        y = self.a(self.first(x))
+        return {"deep": [y, self.raw(y)], "pooled": (y.mean((2, 3)),)}
+
+    net = trained(Code(body, **parts()))
+    x = randn(2, 3, 9, 8)
+    torch.testing.assert_close(fold(net, verify=x)(x), net.eval()(x))
+
+
+@pytest.mark.xfail(strict=True, reason="as for chunks stacked")
+def test_a_tuple_of_chunks_as_output():
+    net = trained(Code(lambda self, x: self.first(x).chunk(2, 1), **parts()))
+    x = randn(2, 3, 9, 8)
+    torch.testing.assert_close(fold(net)(x), net.eval()(x))
+
+
+def test_several_inputs():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.add = conv(3), conv(3), NormalizedAdd()
+
+        def forward(self, x, y):
+            return self.add(self.a(x), self.b(y))
+
+    net, inputs = trained(Two()), (randn(2, 3, 5, 5), randn(2, 3, 5, 5, seed=1))
+    torch.testing.assert_close(fold(net, verify=inputs)(*inputs), net.eval()(*inputs))
+
+
+@pytest.mark.xfail(strict=True, reason="its check of the input's shape cannot be traced")
+@pytest.mark.parametrize("per", ["element", "channel"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_the_data_norm_goes_in_front(per, padding):
+    data = 3 + 2 * randn(64, 3, 8, 8)
+    norm = GlobalDataNorm.fit(data, per=per).double()
+    net = nn.Sequential(norm, NormPropConv2d(3, 4, 3, padding=padding), conv())
+    assert_folds(trained(net), data[:4])
+
+
+@pytest.mark.parametrize("dtype", LIMIT)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dtype_and_layout(dtype, channels_last):
+    net = trained(nn.Sequential(conv(3), nn.MaxPool2d(2), conv(), conv(act="relu")), dtype)
+    x = randn(2, 3, 9, 9, dtype=dtype)
+    if channels_last:
+        net, x = net.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    folded = assert_folds(net, x)
+    assert {p.dtype for p in folded.parameters()} | {b.dtype for b in folded.buffers()} == {dtype}
+    assert folded(x).is_contiguous(memory_format=torch.channels_last) or not channels_last
+
+
+def test_frozen_stays_frozen():
+    net = nn.Sequential(conv(3), conv(act="relu"))
+    net[0].requires_grad_(False)
+    folded = fold(net, verify=randn(2, 3, 9, 9, dtype=torch.float32))
+    assert {n.split(".")[0] for n, p in folded.named_parameters() if not p.requires_grad} == {"0"}
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def test_verify_compares(monkeypatch):
+    net, x = trained(nn.Sequential(conv(3), conv(act=None))), randn(2, 3, 9, 9)
+    fold(net, verify=x)
+    compute = folding._plain_layer
+
+    def wrong(layer):
+        plain, *rest = compute(layer)
+        with torch.no_grad():
+            plain.weight[0, 0, 0, 0] += 1e-6
+        return plain, *rest
+
+    monkeypatch.setattr(folding, "_plain_layer", wrong)
+    with pytest.raises(
+        FoldError, match=r"differs from the model by \S+ of the largest output \(limit 1e-09\)"
+    ):
+        fold(net, verify=x)
+    fold(net.float(), verify=x.float())  # within float32's limit
+    fold(net)
+    monkeypatch.setattr(
+        folding, "_plain_layer", lambda layer: (*compute(layer)[:1], float("nan"), 1.0, nn.SiLU())
+    )
+    with pytest.raises(FoldError, match="differs from the model by nan"):
+        fold(net, verify=x.float())
+
+
+def test_not_a_module():
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        fold("resnet18")
+
+
+# --- whole networks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", [PAPER, RECOMMENDED], ids=["paper", "recommended"])
+@pytest.mark.parametrize("name", models.MODELS)
+def test_recipe_models(name, rule):
+    torch.manual_seed(0)
+    net = models.build(name, (3, 32, 32), 10, rule=rule, width=0.125)
+    assert_folds(trained(net), randn(2, 3, 32, 32))
+
+
+def preserved_zoo(build):
+    net = build().double()
+    for index, m in enumerate(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        m.running_mean.copy_(0.1 * randn(m.num_features, seed=index))
+        m.running_var.copy_(0.5 + randn(m.num_features, seed=index).square())
+    return net
+
+
+ZOO = {
+    "resnet18": lambda: torchvision.models.resnet18(num_classes=10),
+    "mobilenet_v3_small": lambda: torchvision.models.mobilenet_v3_small(num_classes=10),
+    "densenet": lambda: torchvision.models.DenseNet(12, (2, 2), 16, num_classes=10),
+    "timm resnet": lambda: timm.create_model("resnet10t", num_classes=10),
+}
+
+
+@pytest.mark.parametrize("preserve", [True, False], ids=["preserved", "fresh"])
+@pytest.mark.parametrize("build", ZOO.values(), ids=ZOO)
+def test_converted_networks(build, preserve):
+    torch.manual_seed(0)
+    source = preserved_zoo(build)
+    x = randn(1, 3, 37, 33)
+    converted = convert(source, preserve=preserve, example=x, strict=True).model.eval()
+    inputs = (x, randn(2, 3, 48, 45, seed=1))
+    folded = assert_folds(converted, *inputs)
+    if preserve:
+        for x in inputs:
+            torch.testing.assert_close(folded(x), source.eval()(x), rtol=1e-8, atol=1e-8)
+        return
+    # Trained a little: no two channels alike.
+    with torch.no_grad():
+        for index, p in enumerate(converted.parameters()):
+            p.add_(0.05 * randn(*p.shape, seed=index))
+    assert_folds(converted, *inputs)
+
+
+def test_the_folded_network_is_an_ordinary_module():
+    net = trained(
+        nn.Sequential(conv(3), NormalizedMaxPool2d(3, 2, 1, activation="silu"), conv(), conv(act="relu"))
+    )
+    x = randn(2, 3, 9, 9)
+    folded = fold(net, verify=x)
+    expected = folded(x)
+    file = io.BytesIO()
+    torch.save(folded, file)
+    file.seek(0)
+    for twin in (
+        copy.deepcopy(folded),
+        pickle.loads(pickle.dumps(folded)),
+        torch.load(file, weights_only=False),
+        torch.export.export(folded, (x,)).module(),
+    ):
+        torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(folded, backend="eager", fullgraph=True)(x), expected)
+    twin = copy.deepcopy(folded)
+    for p in twin.parameters():
+        nn.init.zeros_(p)
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(folded.float()(x.float()).double(), expected, rtol=1e-3, atol=1e-4)
