@@ -277,6 +277,11 @@ def test_what_every_conversion_keeps(build, shape, preserve):
     torch.testing.assert_close(twice.model.eval()(x), converted(x), rtol=0, atol=0)
     shared = {id(p) for p in model.parameters()} & {id(p) for p in converted.parameters()}
     assert not shared
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    conversion.update_optimizer_(optimizer)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert len(held) == len(set(held))
+    assert set(held) == {id(p) for p in converted.parameters()}
     # One sample has a finite output and finite gradients, all of them.
     converted(x[:1]).square().sum().backward()
     for name, p in converted.named_parameters():
@@ -284,7 +289,7 @@ def test_what_every_conversion_keeps(build, shape, preserve):
         assert bool(torch.isfinite(p.grad).all()), name
     # A step changes it.
     y = converted(x).detach()
-    torch.optim.SGD(converted.parameters(), 0.01).step()
+    optimizer.step()
     assert not torch.equal(converted(x), y)
 
 
@@ -303,20 +308,19 @@ def test_the_three_promises(build, shape, preserve):
 
 
 @sites
-def test_copies_and_files(build, shape):
-    model, x = prepared(build), randn(*shape)
-    converted = convert(model, example=x).model.eval()
+def test_a_copy_is_a_model_of_its_own(build, shape):
+    x = randn(*shape)
+    converted = convert(prepared(build), example=x).model.eval()
     expected = converted(x)
     twin = copy.deepcopy(converted)
     torch.testing.assert_close(twin(x), expected, rtol=0, atol=0)
-    fresh = convert(prepared(build), example=x).model.eval()
     with torch.no_grad():
         for p in twin.parameters():
             p.add_(0.1 * randn(*p.shape))
     assert not torch.equal(twin(x), expected)
-    fresh.load_state_dict(twin.state_dict())
-    torch.testing.assert_close(fresh(x), twin(x), rtol=0, atol=0)
     torch.testing.assert_close(converted(x), expected, rtol=0, atol=0)
+    converted.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(converted(x), twin(x), rtol=0, atol=0)
 
 
 def network(channels=8):
@@ -726,6 +730,26 @@ def test_functional_dropout_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def drops(self, x):
+    return self.bn2(self.conv2(F.dropout(F.relu(self.bn1(self.conv1(x))), 0.5, self.training)))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="measured with the functional dropout on in the graph of train() alone"
+)
+def test_both_modes_have_the_same_constants():
+    model = Code(drops, conv1=C(3, 32), bn1=B(32), conv2=C(32, 32), bn2=B(32))
+    converted = convert(model.double(), example=X).model
+    assert not any("Standardize" in type(m).__name__ for m in converted.modules())
+
+
+@pytest.mark.xfail(strict=True, reason="fx keeps a tensor that the code makes as a persistent buffer")
+def test_a_tensor_in_the_code_is_no_new_key():
+    model = Code(lambda self, x: self.bn(self.conv(x)) * torch.tensor([2.0]), conv=C(3, 4), bn=B(4))
+    converted = convert(model, example=X.float()).model
+    assert list(converted.state_dict()) == ["conv.weight", "conv.bias", "conv.gain"]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -806,17 +830,6 @@ def test_update_optimizer_keeps_groups_options_and_state():
     stepped(conversion.model, optimizer)
     assert not torch.equal(conversion.model.conv1.weight, before)
     assert id(conversion.model.conv1.gain) in {id(p) for p in optimizer.state}
-
-
-def test_every_new_parameter_is_optimized_once():
-    for build, shape in SITES.values():
-        model = prepared(build)
-        optimizer = torch.optim.AdamW(model.parameters())
-        conversion = convert(model, example=randn(*shape))
-        conversion.update_optimizer_(optimizer)
-        held = [id(p) for g in optimizer.param_groups for p in g["params"]]
-        assert len(held) == len(set(held))
-        assert set(held) == {id(p) for p in conversion.model.parameters()}
 
 
 def test_a_foreign_optimizer_is_refused():

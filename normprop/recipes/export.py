@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import math
 import os
 import sys
@@ -267,7 +268,14 @@ def _run_pt2(path: Path, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 def _write_onnx(model: nn.Module, inputs: tuple[Tensor, ...], dynamic_batch: bool, path: Path) -> None:
     shapes = _dynamic(inputs, dynamic_batch)
-    program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    # The optimizer warns of each empty maximum (of shapes) that it leaves to ONNX Runtime.
+    folder = logging.getLogger("onnxscript.optimizer._constant_folding")
+    level = folder.level
+    folder.setLevel(logging.ERROR)
+    try:
+        program = torch.onnx.export(model, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    finally:
+        folder.setLevel(level)
     assert program is not None  # what dynamo=True promises
     program.save(path)
 
