@@ -69,6 +69,7 @@ class Signal:
         """
         values = values.detach().double().cpu().flatten()
         weights = torch.ones_like(values) if weights is None else weights.double().flatten()
+        values, weights = values[weights > 0], weights[weights > 0]
         weights = weights / weights.sum()
         low, high = float(values.min()), float(values.max())
         if not math.isfinite(high - low):

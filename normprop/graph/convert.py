@@ -235,9 +235,17 @@ class ByMode(nn.Module):
             for table in ("_parameters", "_buffers"):
                 for name, value in getattr(graph, table).items():
                     getattr(self, table).setdefault(name, value)
+        self.graphs = {True: train, False: evaluation}
+        self._share()
+
+    def _share(self) -> None:
+        for graph in self.graphs.values():
             for table in ("_modules", "_parameters", "_buffers"):
                 graph.__dict__[table] = getattr(self, table)
-        self.graphs = {True: train, False: evaluation}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()  # a copy's graphs came with tables of their own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.graphs[self.training](*args, **kwargs)
@@ -298,7 +306,8 @@ class Converter:
         part.eval()
         if graphs[True].code == graphs[False].code:
             del graphs[False]
-        built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]
+        with torch.random.fork_rng(devices=[]):
+            built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
         self.finish(result, part, prefix)
         return result
@@ -333,8 +342,10 @@ class Converter:
             own = any(True for _ in module.parameters(recurse=False))
             if name and own and path not in self.absorbed and not has(result, name):
                 place(result, name, module)
+                if tracing.is_batch_norm(module):
+                    self.skip(path, module, "the model never calls it; delete it")
         for name, value in vars(part).items():
-            if not name.startswith("_") and name not in vars(result):
+            if not (name.startswith("_") or name in vars(result) or hasattr(fx.GraphModule, name)):
                 setattr(result, name, value)
         for name, module in result.named_modules():
             path = f"{prefix}.{name}" if prefix and name else prefix or name

@@ -17,14 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normprop import activations, functional, merges, modules
+from normprop.data_norm import BatchDataNorm, GlobalDataNorm
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, place, shape, tensor_inputs
 
-_LEAVES = ("normprop.modules",)
+_LEAVES = ("normprop.modules", "normprop.data_norm")
 # What acts on elements in their places, or moves them: an affine map may wait until behind it.
 _COMMUTE = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-    "expand", "chunk", "split", "getitem", "unbind", "to", "clone", "dropout", "movedim", "swapaxes", "roll",
+    "expand", "getitem", "to", "clone", "dropout", "movedim", "swapaxes", "roll",
     "flip", "channel_shuffle", "pixel_shuffle", "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "amax",
 }  # fmt: skip
@@ -65,7 +66,9 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     twin = copy.deepcopy(model).eval()
-    folded = _Folder(tracing.trace(twin, verify, _LEAVES)).run()
+    graph_module = tracing.trace(twin, verify, _LEAVES)
+    tracing.write_nothing_in_place(graph_module)
+    folded = _Folder(graph_module).run()
     if verify is not None:
         inputs = verify if isinstance(verify, tuple) else (verify,)
         _compare(twin(*inputs), folded(*inputs))
@@ -167,7 +170,10 @@ class _Folder:
         module = tracing.module_of(self.source, node)
         if isinstance(module, modules.NormalizedActivation):
             return self.activation_module(node, module)
-        if module is not None and isinstance(module, tracing.WEIGHT_LAYERS):
+        if isinstance(module, (GlobalDataNorm, BatchDataNorm)):
+            return self.data_norm(node, module)
+        ours = isinstance(module, tracing.WEIGHT_LAYERS) and hasattr(module, "rule")
+        if ours or (tracing.is_weight_layer(module) and not tracing.is_parametrized(module)):  # type: ignore
             return self.weight_layer(node, module)
         if module is not None and "NormalizedAdaptiveMaxPool" in type(module).__name__:
             return self.adaptive_max_pool(node, module)
@@ -203,6 +209,11 @@ class _Folder:
         what = key(node)
         inputs = tensor_inputs(node)
         first = self.values[inputs[0]]
+        value = node.meta.get("value")
+        if not (isinstance(value, Tensor) and value.is_floating_point()) or not all(
+            isinstance(n.meta.get("value"), Tensor) for n in inputs
+        ):
+            return None  # a size, or a tuple
         numbers = [a for a in node.args[1:] if isinstance(a, (int, float))]
         if len(inputs) == 1 and first.a > 0:
             if isinstance(module, nn.ReLU) or what == "relu":
@@ -221,6 +232,8 @@ class _Folder:
             and len(numbers) == len(node.args) - 1 == 1
         ):
             number = float(numbers[0])
+            if what in ("mul", "div") and number == 0.0:
+                return None
             if what == "mul":
                 return _Value(first.node, first.a * number, first.b * number)
             if what == "div":
@@ -254,6 +267,18 @@ class _Folder:
         level = (threshold - held.b) / held.a
         return _Value(self.call(F.threshold, held.node, level, level), held.a, held.b)
 
+    def data_norm(self, node: fx.Node, module: Any) -> _Value:
+        """The data's mean and std, as buffers."""
+        path, source = str(node.target), self.value(tensor_inputs(node)[0])
+        if isinstance(module, GlobalDataNorm):
+            mean, std = module.mean, torch.where(module.std > 0, module.std, 1.0)
+        else:
+            mean, std = (
+                v.view(module.shape) for v in (module.running_mean, (module.running_var + 1e-8).sqrt())
+            )
+        names = [self.buffer(f"{path}_{n}", v) for n, v in (("mean", mean), ("std", std))]
+        return _Value(self.call(torch.div, self.call(torch.sub, source, names[0]), names[1]))
+
     def adaptive_max_pool(self, node: fx.Node, module: Any) -> _Value:
         before, after = shape(tensor_inputs(node)[0]), shape(node)
         if before is None or after is None:
@@ -274,12 +299,14 @@ class _Folder:
         else:
             plain, mean, std, activation = _plain_layer(layer)
         held = self.values[source]
-        if not held.plain and self.calls[path] == 1 and self.absorb(plain, held, path):
+        one_sided = getattr(plain, "padding", None) == "same" and _padding(plain) is None
+        exact = held.b == 0.0 or not one_sided or all(k == 1 for k in plain.kernel_size)
+        if not held.plain and exact and self.calls[path] == 1 and self.absorb(plain, held, path):
             reads = held.node
             if held.b != 0.0 and _padding(plain) is not None:
                 sides = [side for p in reversed(_padding(plain) or ()) for side in (p, p)]
                 reads = self.call(F.pad, reads, sides, "constant", -held.b / held.a)
-                plain.padding = (0,) * len(plain.padding)
+                plain.padding = (0,) * len(plain.kernel_size)
         else:
             reads = self.value(source)
         rest = [self.values[a].node if isinstance(a, fx.Node) else a for a in node.args[1:]]
@@ -368,7 +395,8 @@ class _Folder:
             y = self.value(node)
         else:
             y = self.value(source)
-        if isinstance(module.activation, nn.Identity) and (mean, std) == (0.0, 1.0):
+        known = isinstance(mean, float) and isinstance(std, float)
+        if isinstance(module.activation, nn.Identity) and known and (mean, std) == (0.0, 1.0):
             return _Value(y)
         return self.activated(path, y, module.activation, mean, std, module, module)
 

@@ -473,10 +473,9 @@ def _interpolate(x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
 
 def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, density: Tensor) -> Tensor:
     """The density that a sum's gradient has over one part's values, the rest being independent."""
-    index = torch.arange(0, len(rest.values), max(1, len(rest.values) // 64))
-    weights = rest.weights[index] / rest.weights[index].sum()
-    sums = part.values[:, None] * factor + rest.values[index]
-    return factor**2 * (_interpolate(sums, total.values, density) * weights).sum(1)
+    rest = Signal.of(rest.values, rest.weights, 64)
+    sums = part.values[:, None] * factor + rest.values
+    return factor**2 * (_interpolate(sums, total.values, density) * rest.weights).sum(1)
 
 
 def _same(values: Tensor) -> Tensor:
@@ -555,14 +554,8 @@ def through_channels(
     if same and function is _same:
         u = u[:, :1]
     elif u.numel() > 400_000:  # a coarser grid for each of many channels
-        coarse = Signal.of(values, weights)
-        step = max(1, math.ceil(u.numel() / 400_000))
-        index = torch.arange(0, len(coarse.values), step)
-        values, weights = coarse.values[index], coarse.weights[index]
-        weights = weights / weights.sum()
-        mean = (weights * values).sum()
-        var = (weights * (values - mean).square()).sum()
-        values = (values - mean) * math.sqrt(coarse.var / float(var)) + coarse.mean
+        coarse = Signal.of(values, weights, max(32, 400_000 // u.shape[1]))
+        values, weights = coarse.values, coarse.weights
         u = values[:, None] * scale + shift
     with torch.enable_grad():
         u = u.detach().requires_grad_()

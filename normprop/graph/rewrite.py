@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,7 +75,7 @@ class Flow:
             self.inputs = None
             return
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1:
-            var, mean = torch.var_mean(value.float())
+            var, mean = torch.var_mean(value.detach().float())
             self.measured[node] = (float(mean), float(var.sqrt()))
         for source in node.all_input_nodes:
             if all(user in self.visited for user in source.users):
@@ -92,6 +91,8 @@ class Flow:
             path, _, name = str(node.target).rpartition(".")
             return getattr(self.graph_module.get_submodule(path), name)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        if "dropout" in key(node) and node.op == "call_function":
+            return args[0]  # the constants are those of eval mode
         if node.op == "call_module":
             return self.graph_module.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -159,25 +160,17 @@ class Rewriter:
             self.rewrite_fresh(chains)
             if self.flow.failure and self.flow.failure not in self.owner.report.notes:
                 self.owner.report.notes.append(self.flow.failure)
-        self.write_nothing_in_place()
+        tracing.write_nothing_in_place(self.graph_module)
         self.graph.eliminate_dead_code()
         for node in self.graph.nodes:
             node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
         result = fx.GraphModule(self.graph_module, self.graph, type(self.owner.source).__name__)
         self.graph.lint()
+        # Tensors that the code makes are no part of its state.
+        result._non_persistent_buffers_set |= {
+            n for n in result._buffers if n.startswith("_tensor_constant")
+        }
         return result
-
-    def write_nothing_in_place(self) -> None:
-        """A layer may have kept for its backward what an in-place operation behind it would overwrite."""
-        for node in self.graph.nodes:
-            module = self.module(node)
-            if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[union-attr, assignment]
-            if node.kwargs.get("inplace"):
-                node.kwargs = {**node.kwargs, "inplace": False}
-            if node.op == "call_method" and str(node.target) in _OUT_OF_PLACE:
-                node.target = str(node.target).removesuffix("_")
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
 
     def path(self, local: str) -> str:
         return f"{self.prefix}.{local}" if self.prefix else local
@@ -312,7 +305,7 @@ class Rewriter:
         assert source is not None
         size = shape(weight)
         if isinstance(source[1], nn.Linear):
-            return size is None or len(size) == 2
+            return size is not None and len(size) == 2
         return size is None or len(size) == len(source[1].kernel_size) + 2  # type: ignore[arg-type]
 
     def find_gates(self) -> dict[fx.Node, tuple[int, fx.Node]]:
@@ -437,8 +430,10 @@ class Rewriter:
         self.hand_over(path, layer, chain.norm, new)
         if chain.norm is not None:
             self.owner.absorbed.add(self.path(self.local(chain.norm)))
-        new._forward_hooks = layer._forward_hooks
-        new._forward_pre_hooks = layer._forward_pre_hooks
+        if keep_hooks(layer, new) and (chain.norm is not None or chain.activation is not None):
+            self.owner.report.notes.append(
+                f"hook on '{self.path(path)}' now sees the normalised, activated map"
+            )
         self.record(path, name, new)
         return new
 
@@ -452,10 +447,12 @@ class Rewriter:
     def fresh_weight(self, layer: Any) -> None:
         """Rows of length 1; a weight with a zero row (zero-initialised) is drawn anew."""
         with torch.no_grad():
+            if layer.weight.is_meta:
+                return
             layer.project_()
             rows = functional.row_view(layer.weight, layer.transposed, layer.groups)
             dims = (1, *range(3, rows.ndim)) if layer.transposed else tuple(range(1, rows.ndim))
-            if not bool((torch.linalg.vector_norm(rows, dim=dims) > 0).all()) and not layer.weight.is_meta:
+            if not bool((torch.linalg.vector_norm(rows, dim=dims) > 0).all()):
                 layer.reset_parameters()
 
     def hand_over(self, path: str, layer: Any, norm: fx.Node | None, new: Any) -> None:
@@ -693,6 +690,7 @@ class Rewriter:
             known = self.owner.new.get(self.path(path))
             if known is None:
                 self.owner.new[self.path(path)] = known = pool.train(module.training)
+                keep_hooks(module, known)
                 self.record(path, name, known)
             place(self.graph_module, path, known)
         else:
@@ -810,14 +808,12 @@ _POOL_ARGUMENTS = {
 }
 
 
-_OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    **{getattr(torch, f"{n}_"): getattr(torch, n) for n in ("relu", "selu", "celu")},
-    **{f"{n}_": n for n in ("add", "sub", "mul", "div", "relu", "sigmoid", "tanh", "clamp", "clamp_min")},
-}
+def keep_hooks(old: nn.Module, new: nn.Module) -> bool:
+    """Give a module the hooks of the one whose place it takes; whether there are any."""
+    tables = [name for name in vars(old) if "forward" in name and "hooks" in name]
+    for name in tables:
+        setattr(new, name, getattr(old, name))
+    return any(getattr(old, name) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
 def _is_bounded(activation: nn.Module | None) -> bool:

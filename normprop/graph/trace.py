@@ -8,6 +8,7 @@ one spelling.
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -116,6 +117,9 @@ class _Tracer(fx.Tracer):
         return (
             super().is_leaf_module(m, path)
             or type(m).__module__ in self.leaves
+            or type(m).__name__.startswith(
+                "NormalizedAdaptiveMaxPool"
+            )  # its constants need sizes as numbers
             or is_weight_layer(m)
             or is_batch_norm(m)
             or type(m).__name__ in RANDOM_NAMES
@@ -207,13 +211,18 @@ def trace(
     before = set(vars(model))
     try:
         tracer = _Tracer(model, inputs, leaves)
-        graph = tracer.trace(model)
+        graph = tracer.trace(model, concrete_args=_defaults(model, inputs))
     except Exception as error:
+        for name in set(vars(model)) - before:
+            delattr(model, name)
         raise TraceError(
             f"torch.fx cannot follow {type(model).__name__}: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}"
             + ("" if example is not None else "; passing example= helps where code looks at shapes")
         ) from error
+    graph._tracer_cls = None  # unpickling would call it
+    _drop_fixed_arguments(graph)
+    _name_what_is_written(model, graph)
     for node in list(reversed(graph.nodes)):  # reading a shape for a decision leaves dead nodes
         if (
             not node.users
@@ -229,6 +238,105 @@ def trace(
     for name in set(vars(model)) - before:  # fx leaves its constants on the model
         delattr(model, name)
     return result
+
+
+def _defaults(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> dict[str, Any]:
+    """Arguments that the example does not give, at their defaults."""
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    given = len(inputs) if inputs is not None else 1
+    return {
+        q.name: q.default
+        for q in parameters[given:]
+        if q.default is not q.empty and q.kind in (q.POSITIONAL_OR_KEYWORD, q.KEYWORD_ONLY)
+    }
+
+
+def _drop_fixed_arguments(graph: fx.Graph) -> None:
+    """fx leaves a placeholder and an assertion for each argument that is fixed; nothing reads them."""
+    for node in list(graph.nodes):
+        if (
+            node.op == "call_function"
+            and "_assert" in getattr(node.target, "__name__", "")
+            and not node.users
+        ):
+            sources = tensor_inputs(node)
+            if sources and all(n.op == "placeholder" or key(n) == "eq" for n in sources):
+                graph.erase_node(node)
+    for node in list(reversed(graph.nodes)):
+        fixed = node.op == "placeholder" and node.args and "value" not in node.meta.get("shape", {})
+        if not node.users and (
+            key(node) == "eq" or (fixed and str(node.target).rpartition("_")[2].isdigit())
+        ):
+            graph.erase_node(node)
+
+
+def writes_in_place(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a node overwrites its first argument."""
+    module = module_of(root, node)
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return (
+        bool(getattr(module, "inplace", False))
+        or bool(node.kwargs.get("inplace"))
+        or (node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"))
+        or (node.op == "call_function" and node.target in _IN_PLACE)
+        or (
+            node.op == "call_function"
+            and key(node) in _INPLACE_POSITIONS
+            and len(node.args) > _INPLACE_POSITIONS[key(node)]
+            and node.args[_INPLACE_POSITIONS[key(node)]] is True
+        )
+    )
+
+
+def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
+    """Who reads a tensor after it was overwritten reads the node that wrote it."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        if writes_in_place(model, node) and node.args and isinstance(node.args[0], fx.Node):
+            target = node.args[0]
+            for user in list(target.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(target, node)
+
+
+def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
+    """A layer may have kept for its backward what an in-place operation behind it would overwrite."""
+    for node in graph_module.graph.nodes:
+        module = module_of(graph_module, node)
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[union-attr, assignment]
+        position = _INPLACE_POSITIONS.get(key(node))
+        if position is not None and node.op == "call_function" and len(node.args) > position:
+            node.args = (*node.args[:position], False, *node.args[position + 1 :])
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        if node.op == "call_function" and node.target in _IN_PLACE:
+            node.target = _IN_PLACE[node.target]
+        elif writes_in_place(graph_module, node):
+            name = str(node.target) if node.op == "call_method" else node.target.__name__
+            plain = name.removesuffix("_")
+            home = next((m for m in (torch.nn.functional, torch) if hasattr(m, plain)), None)
+            if node.op == "call_method" and hasattr(Tensor, plain):
+                node.target = plain
+            elif node.op == "call_function" and home is not None:
+                node.target = getattr(home, plain)
+
+
+_IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+_INPLACE_POSITIONS = {
+    "relu": 1,
+    "relu6": 1,
+    "silu": 1,
+    "hardswish": 1,
+    "leaky_relu": 2,
+    "elu": 2,
+    "dropout": 3,
+}
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -359,7 +467,33 @@ def weight_source(graph_module: nn.Module, node: fx.Node) -> tuple[str, nn.Modul
         return None
     path, _, name = str(weight.target).rpartition(".")
     owner = graph_module.get_submodule(path)
-    return (path, owner) if name == "weight" and isinstance(owner, WEIGHT_LAYERS) else None
+    if name != "weight" or not isinstance(owner, WEIGHT_LAYERS) or not _calls_as_built(node, path, owner):
+        return None
+    return path, owner
+
+
+def _calls_as_built(node: fx.Node, path: str, layer: Any) -> bool:
+    """Whether a function call does what its weight's layer would do, but for the padding."""
+    if getattr(layer, "transposed", False):
+        return False
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args[2:], strict=False)) | dict(node.kwargs)
+    bias = given.pop("bias", None)
+    own = (
+        isinstance(bias, fx.Node)
+        and bias.op == "get_attr"
+        and str(bias.target) == f"{path}.bias".lstrip(".")
+    )
+    if not (own if layer.bias is not None else bias is None):
+        return False
+    for name, default in (("stride", 1), ("dilation", 1), ("groups", 1)):
+        if hasattr(layer, name):
+            value, built = given.get(name, default), getattr(layer, name)
+            if isinstance(built, tuple) and isinstance(value, int):
+                value = (value,) * len(built)
+            if (tuple(value) if isinstance(built, tuple) else value) != built:
+                return False
+    return True
 
 
 def is_parametrized(module: nn.Module) -> bool:
