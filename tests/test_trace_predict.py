@@ -148,7 +148,6 @@ def test_control_flow_on_data_says_so(code):
             trace(Code(code, conv=conv()), example)
 
 
-@pytest.mark.xfail(strict=True, reason="the clean-up is behind the raise")
 def test_a_failed_trace_leaves_no_constant_on_the_model():
     model = Code(depends_on_data, conv=conv())
     before = set(vars(model))
@@ -405,9 +404,6 @@ def test_the_map_of_a_rectified_trunk_of_12_blocks(rectified_trunk):
         assert abs(math.log(record.std / std)) < math.log(1.15), record
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_through_sum picks every 8th value of the other part, atoms of mass included"
-)
 def test_the_gradient_of_a_rectified_trunk_of_12_blocks(rectified_trunk):
     for record, _, _, gradient in rectified_trunk:
         assert abs(math.log(record.gradient / gradient)) < math.log(1.2), record
@@ -530,12 +526,7 @@ def test_pools_of_independent_elements(pool):
     "channels",
     [
         64,
-        pytest.param(
-            2048,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the coarser grid picks values whatever their mass"
-            ),
-        ),
+        2048,
     ],
 )
 def test_batch_norm_of_a_rectified_map(channels):
@@ -543,7 +534,9 @@ def test_batch_norm_of_a_rectified_map(channels):
     norm = nn.BatchNorm1d(channels).eval()
     nn.init.uniform_(norm.weight, 0.5, 1.5, generator=torch.Generator().manual_seed(0))
     nn.init.normal_(norm.bias, -0.5, 0.5, generator=torch.Generator().manual_seed(1))
-    assert_predicted(nn.Sequential(nn.ReLU(), norm, nn.ReLU()), randn(1000, channels), "012", *[0.03] * 3)
+    # The atom shares a bin, 17/511 wide, with what lies beside it.
+    net = nn.Sequential(nn.ReLU(), norm, nn.ReLU())
+    assert_predicted(net, randn(1000, channels), "012", mean=0.03, std=0.03, gradient=0.04)
 
 
 def test_padding_and_concat_count_elements():

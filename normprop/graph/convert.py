@@ -273,7 +273,8 @@ class Converter:
     def run(self, example: Any) -> nn.Module:
         if not self.norms_seen:
             return self.twin
-        result = self.convert_part(self.twin, "", example)
+        with torch.random.fork_rng(devices=[]):  # code that draws numbers must not change the caller's
+            result = self.convert_part(self.twin, "", example)
         lost = [
             name
             for name, module in self.source.named_modules()
@@ -306,8 +307,7 @@ class Converter:
         part.eval()
         if graphs[True].code == graphs[False].code:
             del graphs[False]
-        with torch.random.fork_rng(devices=[]):
-            built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]
+        built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
         self.finish(result, part, prefix)
         return result

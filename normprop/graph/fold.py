@@ -9,7 +9,6 @@ they have to be written down as one element-wise operation (docs/method.md, sect
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
@@ -66,12 +65,13 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     twin = copy.deepcopy(model).eval()
+    inputs = verify if isinstance(verify, tuple) else (verify,)
+    expected = None if verify is None else twin(*(x.clone() for x in inputs))
     graph_module = tracing.trace(twin, verify, _LEAVES)
     tracing.write_nothing_in_place(graph_module)
     folded = _Folder(graph_module).run()
     if verify is not None:
-        inputs = verify if isinstance(verify, tuple) else (verify,)
-        _compare(twin(*inputs), folded(*inputs))
+        _compare(expected, folded(*inputs))
     return folded
 
 
@@ -280,14 +280,30 @@ class _Folder:
         return _Value(self.call(torch.div, self.call(torch.sub, source, names[0]), names[1]))
 
     def adaptive_max_pool(self, node: fx.Node, module: Any) -> _Value:
-        before, after = shape(tensor_inputs(node)[0]), shape(node)
-        if before is None or after is None:
+        """Its windows depend on the input's size: the constants are those of the example's."""
+        source = tensor_inputs(node)[0]
+        before = shape(source)
+        if before is None:
             raise FoldError(f"{node.target}: its constants depend on the input's size; pass verify=")
-        count = math.prod(before[2:]) // math.prod(after[2:])
-        mean, std = merges.max_constants(count, module.activation, module.correlation)
-        kind = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[len(before) - 2]
-        pooled = self.module(str(node.target), kind(module.output_size), self.value(tensor_inputs(node)[0]))
-        return _Value(pooled, 1 / std, -mean / std)
+        spatial = len(before) - 2
+        x = torch.ones((), dtype=torch.float64).expand(1, 1, *before[2:])
+        counts = merges._adaptive_counts(x, spatial, module.output_size).reshape(-1).round().long().tolist()
+        table = {n: merges.max_constants(n, module.activation, module.correlation) for n in set(counts)}
+        kind = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[spatial]
+        pooled = self.module(str(node.target), kind(module.output_size), self.value(source))
+        if len(table) == 1:
+            mean, std = table[counts[0]]
+            return _Value(pooled, 1 / std, -mean / std)
+        like = next((p for p in self.source.parameters()), x)
+        size = [n or before[2 + axis] for axis, n in enumerate(_per_axis(module.output_size, spatial))]
+        maps = [
+            self.buffer(
+                f"{node.target}_{name}",
+                torch.tensor([table[n][k] for n in counts], dtype=torch.float64).view(size).to(like),
+            )
+            for k, name in enumerate(("mean", "std"))
+        ]
+        return _Value(self.call(torch.div, self.call(torch.sub, pooled, maps[0]), maps[1]))
 
     def weight_layer(self, node: fx.Node, layer: Any) -> _Value:
         """A linear map that takes in what waits before it; then the activation."""
@@ -426,6 +442,10 @@ def _plain_layer(layer: Any) -> tuple[Any, Any, Any, nn.Module | None]:
         plain.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=learns)
     mean, std = (v.to(layer.weight.device) if isinstance(v, Tensor) else v for v in (mean, std))
     return plain, mean, std, layer.activation
+
+
+def _per_axis(size: Any, spatial: int) -> tuple[Any, ...]:
+    return tuple(size) if isinstance(size, (tuple, list)) else (size,) * spatial
 
 
 def _padding(layer: Any) -> list[int] | None:

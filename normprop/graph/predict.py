@@ -512,6 +512,11 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
     """
 
     def exact(t: Tensor | None) -> Tensor | None:
+        if t is not None and t.is_meta:  # without values: as a fresh layer has them
+            if t is getattr(layer, "weight", None):
+                return torch.randn(t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            start = getattr(layer, "initial_gain", 1.0) if t is getattr(layer, "gain", None) else 0.0
+            return torch.full(t.shape, start, dtype=torch.float64)
         return None if t is None else t.detach().double().cpu()
 
     gain, bias = exact(getattr(layer, "gain", None)), exact(layer.bias)
@@ -553,8 +558,8 @@ def through_channels(
     same = bool((scale == scale[0]).all() & (shift == shift[0]).all())
     if same and function is _same:
         u = u[:, :1]
-    elif u.numel() > 400_000:  # a coarser grid for each of many channels
-        coarse = Signal.of(values, weights, max(32, 400_000 // u.shape[1]))
+    elif u.numel() > 2_000_000:  # a coarser grid for each of many channels
+        coarse = Signal.of(values, weights, max(32, 2_000_000 // u.shape[1]))
         values, weights = coarse.values, coarse.weights
         u = values[:, None] * scale + shift
     with torch.enable_grad():

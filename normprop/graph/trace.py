@@ -63,6 +63,22 @@ class _Concrete:
             raise fx.proxy.TraceError(f"the code asks for the {what} of '{self.node}'; pass example=")
         return value
 
+    def _augmented(self, function: Any, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})  # type: ignore[attr-defined]
+
+    # Without these, fx takes x += y for x = x + y, and other names of x keep the old value.
+    def __iadd__(self, other: Any) -> Any:
+        return self._augmented(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._augmented(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._augmented(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._augmented(operator.itruediv, other)
+
     def __len__(self) -> int:
         return len(self._value("length"))
 
@@ -292,11 +308,17 @@ def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
     """Who reads a tensor after it was overwritten reads the node that wrote it."""
     order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if writes_in_place(model, node) and node.args and isinstance(node.args[0], fx.Node):
-            target = node.args[0]
+        target = node.args[0] if node.args else None
+        if isinstance(target, fx.Node) and writes_in_place(model, node) and _is_map(target):
             for user in list(target.users):
                 if order[user] > order[node]:
                     user.replace_input_with(target, node)
+
+
+def _is_map(node: fx.Node) -> bool:
+    """Not a number or a size, which ``+=`` does not overwrite."""
+    value = node.meta.get("value")
+    return value is None or isinstance(value, Tensor)
 
 
 def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
