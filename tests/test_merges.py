@@ -396,7 +396,11 @@ def test_dropout_keeps_the_variance():
     torch.testing.assert_close(z[z != 0], x[z != 0] * math.sqrt(2))
 
 
-@pytest.mark.parametrize("phi", ["sigmoid", "silu", "hardsigmoid", torch.tanh, nn.PReLU(init=0.5)], ids=str)
+@pytest.mark.parametrize(
+    "phi",
+    ["sigmoid", "silu", "hardsigmoid", torch.tanh, nn.PReLU(init=0.5)],
+    ids=["sigmoid", "silu", "hardsigmoid", "tanh", "prelu"],
+)
 def test_gate_keeps_the_mean_square(phi):
     x, z = randn(200_000, 1), randn(200_000, 1, seed=1)
     gate = NormalizedGate(copy.deepcopy(phi)).double()

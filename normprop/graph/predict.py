@@ -511,15 +511,17 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
     All in float64 on the CPU. The function takes shape (n, channels).
     """
 
-    def exact(t: Tensor | None) -> Tensor | None:
+    def exact(t: Any) -> Any:
         if t is not None and t.is_meta:  # without values: as a fresh layer has them
+            size = t.shape
             if t is getattr(layer, "weight", None):
-                return torch.randn(t.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+                return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
             start = getattr(layer, "initial_gain", 1.0) if t is getattr(layer, "gain", None) else 0.0
-            return torch.full(t.shape, start, dtype=torch.float64)
+            return torch.full(size, start, dtype=torch.float64)
         return None if t is None else t.detach().double().cpu()
 
-    gain, bias = exact(getattr(layer, "gain", None)), exact(layer.bias)
+    gain: Any = exact(getattr(layer, "gain", None))
+    bias: Any = exact(layer.bias)
     weight = exact(getattr(layer, "weight", None))
     rule = getattr(layer, "rule", None)
     if rule is None:

@@ -510,7 +510,8 @@ def _calls_as_built(node: fx.Node, path: str, layer: Any) -> bool:
         return False
     for name, default in (("stride", 1), ("dilation", 1), ("groups", 1)):
         if hasattr(layer, name):
-            value, built = given.get(name, default), getattr(layer, name)
+            value: Any = given.get(name, default)
+            built = getattr(layer, name)
             if isinstance(built, tuple) and isinstance(value, int):
                 value = (value,) * len(built)
             if (tuple(value) if isinstance(built, tuple) else value) != built:

@@ -153,23 +153,12 @@ def save(model: nn.Module, path: Path, option: str = "--out") -> None:
         InputError: If the model cannot be pickled, or nothing can be written there.
     """
     with written_whole(path, option) as temporary:
-        _forget_tracer(model)
         try:
             torch.save(model, temporary)
         except OSError:
             raise
         except Exception as error:  # pickle has no common error: a lambda, a local class, a lock
             raise InputError(f"the model cannot be saved: {_first_line(error)}") from error
-
-
-def _forget_tracer(model: nn.Module) -> None:
-    """Let unpickled graphs be traced by torch's own tracer; ours needs arguments that pickle does not keep.
-
-    TODO: remove once graph.trace.trace leaves no ``_tracer_cls`` on its graphs.
-    """
-    for module in [*model.modules(), *getattr(model, "graphs", {}).values()]:
-        if isinstance(module, fx.GraphModule):
-            module._tracer_cls = None
 
 
 def export(
