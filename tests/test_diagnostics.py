@@ -396,7 +396,7 @@ def test_table():
         ["1", "Linear", "64x12"],
         ["3", "ReLU", "64x12"],
     ]
-    assert lines[2].endswith("fan_in 12: a sum of few terms is only roughly Gaussian")
+    assert lines[2].endswith("fan_in 12: a sum of few terms, not Gaussian")
     assert repr(trace) == str(trace) == trace.table()
     assert len(trace.table(every=True).splitlines()) == 1 + len(trace) == 7
     ends = {line.index("fan_in") for line in lines[1:] if "fan_in" in line}

@@ -108,7 +108,7 @@ def test_max_of_relu_is_the_papers(count, correlation, mean, std):
 @pytest.mark.parametrize(
     "activation",
     [None, "relu", "silu", "tanh", "abs", nn.LeakyReLU(-0.5), nn.PReLU(), nn.PReLU(3), torch.sin],
-    ids=str,
+    ids=lambda v: getattr(v, "__name__", str(v)),
 )
 def test_max_constants_agree_with_sampling(activation, correlation):
     count, n = 5, 300_000
@@ -249,7 +249,7 @@ ADAPTIVE = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "output_size"), ADAPTIVE, ids=str)
+@pytest.mark.parametrize(("shape", "output_size"), ADAPTIVE, ids=lambda v: getattr(v, "__name__", str(v)))
 def test_adaptive_pools_are_exact_in_every_window(shape, output_size):
     x = randn(2, 3, *shape)
     spatial = len(shape)
@@ -304,7 +304,7 @@ UPSAMPLES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "arguments"), UPSAMPLES, ids=str)
+@pytest.mark.parametrize(("shape", "arguments"), UPSAMPLES, ids=lambda v: getattr(v, "__name__", str(v)))
 @pytest.mark.parametrize("correlation", [0.0, 0.5])
 def test_upsample_divides_by_the_root_of_the_variance(shape, arguments, correlation):
     count = math.prod(shape)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import normprop
 
@@ -77,8 +78,21 @@ def test_version(capsys):
     assert f"version: {normprop.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
+def readme_blocks():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+
+
+def test_the_readmes_conversion_runs(capsys):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+    space = {"normprop": normprop, "torch": torch, "model": model, "images": torch.randn(2, 3, 8, 8)}
+    exec(readme_blocks()[1], space)
+    assert "1 sites replaced, 0 skipped" in capsys.readouterr().out
+    net = space["net"].eval()
+    torch.testing.assert_close(space["plain"](space["images"]), net(space["images"]))
+
+
 def test_the_readmes_example_runs():
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    code, _ = readme_blocks()
     space = {"train_loader": [(torch.randn(4, 3, 32, 32), torch.zeros(4))]}
     exec(code, space)
     loss = space["model"](torch.randn(2, 3, 32, 32)).square().mean()

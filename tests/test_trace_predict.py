@@ -305,7 +305,7 @@ RULES = [normprop.PAPER, RECOMMENDED, NormRule(constants="affine"), NormRule(con
 
 
 # A layer of width w has its own variance within sqrt(2/w): 9 % at 256; errors of three layers add.
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=lambda v: getattr(v, "__name__", str(v)))
 @pytest.mark.parametrize("activation", ["relu", "silu", "tanh"])
 def test_normprop_mlp(rule, activation):
     torch.manual_seed(0)
@@ -314,7 +314,7 @@ def test_normprop_mlp(rule, activation):
     assert_predicted(net, randn(2000, 128), "01234", mean=0.12, std=0.15, gradient=0.15)
 
 
-@pytest.mark.parametrize("rule", RULES[:2], ids=str)
+@pytest.mark.parametrize("rule", RULES[:2], ids=lambda v: getattr(v, "__name__", str(v)))
 def test_normprop_cnn(rule):
     torch.manual_seed(0)
     first = NormRule(gain=rule.gain)
