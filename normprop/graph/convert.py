@@ -305,6 +305,13 @@ class Converter:
             return self.convert_children(part, prefix, str(error))
         inputs = None if self.preserve else calibration(part, example)
         part.eval()
+        decided = sorted({path for graph in graphs.values() for path in graph.meta["decisions"]})
+        if decided:
+            self.report.notes.append(
+                f"'{decided[0] or prefix or 'model'}' decides by its input's size"
+                + (f" (and {len(decided) - 1} more)" if len(decided) > 1 else "")
+                + ": the result is for sizes like the example's"
+            )
         if graphs[True].code == graphs[False].code:
             del graphs[False]
         built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]

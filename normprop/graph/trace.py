@@ -118,6 +118,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.inputs = inputs
         self.leaves = leaves
+        self.decisions: set[str] = set()
         self.evaluating = False
         # Shapes alone are wanted: the meta device computes nothing.
         self.shadow = None if inputs is None else copy.deepcopy(model).to("meta").eval()
@@ -159,7 +160,10 @@ class _Tracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         value = obj.node.meta.get("value", _MISSING)
-        return super().to_bool(obj) if value is _MISSING else bool(value)
+        if value is _MISSING:
+            return super().to_bool(obj)
+        self.decisions.add(owner(obj.node))
+        return bool(value)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
@@ -247,6 +251,7 @@ def trace(
         ):
             graph.erase_node(node)
     result = fx.GraphModule(model, graph, type(model).__name__)
+    result.meta["decisions"] = sorted(tracer.decisions)
     for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
         path = str(node.target).rpartition(".")[0]
         if node.op == "get_attr" and path and isinstance(model.get_submodule(path), WEIGHT_LAYERS):
