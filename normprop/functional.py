@@ -80,7 +80,8 @@ def row_view(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tenso
     return weight.unflatten(0, (groups, -1)) if transposed else weight
 
 
-def _fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
+def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
+    """The dims of a :func:`row_view` that feed one output unit."""
     return (1, *range(3, view.ndim)) if transposed else tuple(range(1, view.ndim))
 
 
@@ -201,7 +202,7 @@ def scaled_weight(
     """
     rows = row_view(weight, transposed, groups)
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    dims = _fan_in_dims(rows, transposed)
+    dims = fan_in_dims(rows, transposed)
     scaled, _ = _ScaleRows.apply(rows, gain.to(rows.dtype), factor, dims, centered)
     return (scaled.flatten(0, 1) if transposed else scaled).to(weight.dtype)
 
@@ -218,7 +219,7 @@ def project_(weight: Tensor, centered: bool = False, transposed: bool = False, g
         project_(wide.flatten(0, 1) if transposed else wide, centered, transposed, groups)
         rows.copy_(wide)
         return
-    dims = _fan_in_dims(rows, transposed)
+    dims = fan_in_dims(rows, transposed)
     negligible: Tensor | float = 0.0
     if centered:
         mean = rows.mean(dims, keepdim=True)
@@ -400,7 +401,7 @@ def definition(
 ) -> Tensor:
     """:func:`propagate`, written as the formula reads: slow, and obvious."""
     rows = row_view(weight, transposed, groups)
-    dims = _fan_in_dims(rows, transposed)
+    dims = fan_in_dims(rows, transposed)
     if rule.centered:
         rows = rows - rows.mean(dims, keepdim=True)
     square = rows.square().sum(dims, keepdim=True)

@@ -13,10 +13,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from normprop.data_norm import BatchDataNorm
+from normprop.graph.trace import RANDOM_NAMES
 from normprop.merges import NormalizedAdd
-
-# Random by purpose, or batch-dependent by purpose: switched off, and said so.
-_RANDOM_NAMES = ("DropPath", "StochasticDepth")
 
 
 def _prepared(model: nn.Module) -> nn.Module:
@@ -24,9 +22,10 @@ def _prepared(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model).train()
     off = []
     for name, module in twin.named_modules():
+        # Random by purpose, or batch-dependent by purpose: switched off, and said so.
         random = isinstance(module, (_DropoutNd, nn.RReLU, BatchDataNorm))
         random = random or (isinstance(module, NormalizedAdd) and module.drop_prob > 0)
-        if random or type(module).__name__ in _RANDOM_NAMES:
+        if random or type(module).__name__ in RANDOM_NAMES:
             module.eval()
             off.append(f"{name or 'model'} ({type(module).__name__})")
     if off:

@@ -19,8 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
-from normprop.graph.rewrite import Rewriter, has
-from normprop.graph.trace import TraceError, place
+from normprop.graph.rewrite import Rewriter
+from normprop.graph.trace import TraceError, has, place
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from normprop import activations, functional, merges, modules
 from normprop.data_norm import BatchDataNorm, GlobalDataNorm
 from normprop.graph import trace as tracing
-from normprop.graph.trace import key, place, shape, tensor_inputs
+from normprop.graph.trace import has, key, place, shape, tensor_inputs
 
 _LEAVES = ("normprop.modules", "normprop.data_norm")
 # What acts on elements in their places, or moves them: an affine map may wait until behind it.
@@ -195,7 +195,7 @@ class _Folder:
     def attribute(self, target: str) -> None:
         path, _, name = target.rpartition(".")
         tensor = getattr(self.source.get_submodule(path), name)
-        if path and not _has(self.root, path):
+        if path and not has(self.root, path):
             place(self.root, path, nn.Module())
         owner = self.root.get_submodule(path)
         if not hasattr(owner, name):
@@ -481,11 +481,3 @@ def _word(activation: nn.Module) -> str:
     return "".join(
         c for c in activations.name_of(activation).split("(")[0].lower() if c.isalnum() or c == "_"
     )
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True

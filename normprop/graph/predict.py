@@ -285,7 +285,7 @@ class Walk:
         weight, bias, finish = effective(layer)
         transposed = bool(getattr(layer, "transposed", False))
         rows = functional.row_view(weight, transposed, getattr(layer, "groups", 1))
-        dims = (1, *range(3, rows.ndim)) if transposed else tuple(range(1, rows.ndim))
+        dims = functional.fan_in_dims(rows, transposed)
         length = torch.linalg.vector_norm(rows, dim=dims).flatten()
         total = rows.sum(dims).flatten()
         inside = 1.0 / math.prod(layer.stride) if transposed else inside_fraction(node, layer)

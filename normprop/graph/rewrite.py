@@ -16,7 +16,7 @@ from normprop import activations, functional, merges, modules
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.predict import Walk
-from normprop.graph.trace import key, place, shape, tensor_inputs
+from normprop.graph.trace import has, key, place, shape, tensor_inputs
 
 if TYPE_CHECKING:
     from normprop.graph.convert import Converter
@@ -38,14 +38,6 @@ _PASSING = {
     "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze",
     "unsqueeze", "expand", "expand_as", "clone", "dropout", "to", "float", "movedim", "swapaxes", "roll",
 }  # fmt: skip
-
-
-def has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 class Flow:
@@ -451,7 +443,7 @@ class Rewriter:
                 return
             layer.project_()
             rows = functional.row_view(layer.weight, layer.transposed, layer.groups)
-            dims = (1, *range(3, rows.ndim)) if layer.transposed else tuple(range(1, rows.ndim))
+            dims = functional.fan_in_dims(rows, layer.transposed)
             if not bool((torch.linalg.vector_norm(rows, dim=dims) > 0).all()):
                 layer.reset_parameters()
 
@@ -479,7 +471,7 @@ class Rewriter:
         new = kind.from_parent(layer, activation, _PRESERVE)
         gain, bias = _affine_of(norm)
         rows = functional.row_view(layer.weight.double(), new.transposed, new.groups)
-        dims = (1, *range(3, rows.ndim)) if new.transposed else tuple(range(1, rows.ndim))
+        dims = functional.fan_in_dims(rows, new.transposed)
         length = torch.linalg.vector_norm(rows, dim=dims).flatten()
         if layer.bias is not None:
             bias = bias + gain * layer.bias.double()

@@ -284,7 +284,7 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
             if sources and all(n.op == "placeholder" or key(n) == "eq" for n in sources):
                 graph.erase_node(node)
     for node in list(reversed(graph.nodes)):
-        fixed = node.op == "placeholder" and node.args and "value" not in node.meta.get("shape", {})
+        fixed = node.op == "placeholder" and node.args
         if not node.users and (
             key(node) == "eq" or (fixed and str(node.target).rpartition("_")[2].isdigit())
         ):
@@ -364,6 +364,15 @@ _INPLACE_POSITIONS = {
     "elu": 2,
     "dropout": 3,
 }
+
+
+def has(root: nn.Module, path: str) -> bool:
+    """Whether there is a module at a path."""
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:
