@@ -1,4 +1,4 @@
-"""The command line: ``normprop compare | train | bench | inspect | convert | fold | export | moments``."""
+"""The command line: ``normprop compare | train | reproduce | bench | inspect | convert | ...``, see ``app``."""
 
 from __future__ import annotations
 
@@ -166,6 +166,23 @@ if typer is not None:
         seed: Seed = 0,
         precision: Precision = "32-true",
         limit_train_batches: Limit = None,
+        halve_every: Annotated[
+            int | None,
+            typer.Option(help="Halve --lr every so many epochs, as the paper; by default one cycle."),
+        ] = None,
+        weight_decay: Annotated[float, typer.Option(help="Of what is no NormProp layer's.")] = 5e-4,
+        train_images: Annotated[
+            int | None, typer.Option(help="Train on so many, always the same ones; by default on all.")
+        ] = None,
+        validation: Annotated[
+            int,
+            typer.Option(
+                help="Hold out so many training images and evaluate on them, not on the test images."
+            ),
+        ] = 0,
+        activation: Annotated[
+            str, typer.Option(help="Of the hidden layers; 'normprop moments all' lists the names.")
+        ] = "relu",
         devices: Annotated[str, typer.Option(help="How many, or auto.")] = "auto",
         nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
         resume: Annotated[
@@ -181,7 +198,7 @@ if typer is not None:
 
         from rich.console import Console
 
-        from normprop.recipes import InputError
+        from normprop.recipes import InputError, duration
         from normprop.recipes.data import load
         from normprop.recipes.train import Run, is_first_process, train as fit
 
@@ -198,7 +215,13 @@ if typer is not None:
             seed,
             precision,
             limit_train_batches,
+            halve_every,
+            weight_decay,
+            train_images,
+            validation,
+            activation,
         )
+        measured = run.measures.replace("_", " ")
         if devices != "auto" and not (devices.isdigit() and int(devices) > 0):
             raise InputError(f"--devices {devices}: expected a number above 0, or auto")
         if nodes < 1:
@@ -214,10 +237,10 @@ if typer is not None:
             left = (time.perf_counter() - started) / (len(history) - first) * (epochs - len(history))
             if console.is_terminal:
                 console.print()  # below the bar
-            rest = f", about {_duration(left)} left" if len(history) < epochs else ""
+            rest = f", about {duration(left)} left" if len(history) < epochs else ""
             console.print(
-                f"epoch {last['epoch']}/{epochs}: loss {last['train_loss']:.4f}, test accuracy "
-                f"{100 * last['test_accuracy']:.2f} %, {_duration(last['seconds'])}{rest}"
+                f"epoch {last['epoch']}/{epochs}: loss {last['train_loss']:.4f}, {measured} "
+                f"{100 * last[run.measures]:.2f} %, {duration(last['seconds'])}{rest}"
             )
 
         outcome = fit(run, data, out, resume, report, console.is_terminal, devices, nodes)
@@ -226,9 +249,7 @@ if typer is not None:
         if json:
             print((out / "results.json").read_text(), end="")
         elif outcome.status == "ok":
-            console.print(
-                f"test accuracy {100 * outcome.history[-1]['test_accuracy']:.2f} %; {out}/results.json"
-            )
+            console.print(f"{measured} {100 * outcome.history[-1][run.measures]:.2f} %; {out}/results.json")
         if outcome.status != "ok":
             _exit(f"{outcome.status}: {outcome.reason}", 1)
 
@@ -285,6 +306,52 @@ if typer is not None:
             _print_json(result)
         else:
             console.print(f"{out}/compare.png, {out}/results.json")
+
+    @app.command()
+    def reproduce(
+        claim: Annotated[
+            str,
+            typer.Argument(
+                help="data-norm, hidden-mean, convergence, batch-size, table, speed, jacobian, activations, "
+                "step-size or beyond."
+            ),
+        ],
+        protocol: Annotated[
+            str, typer.Option(help="reduced (finishes on two CPU cores) or full (the paper's).")
+        ] = "reduced",
+        dataset: Dataset = "cifar10",
+        out: Annotated[
+            Path | None,
+            typer.Option(
+                help="Folder for results.json, figure.png and runs/; by default experiments/CLAIM."
+            ),
+        ] = None,
+        jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.")] = 1,
+        device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+        only: Annotated[
+            str, typer.Option(help="Make only the runs with this text in their name, such as seed0.")
+        ] = "",
+        seeds: Annotated[
+            int | None, typer.Option(help="How many, counted up from 0; by default the protocol's.")
+        ] = None,
+        json: Json = False,
+    ) -> None:
+        """Test a claim of the paper: run what is missing, write results.json and a figure.
+
+        The same command goes on after a stop; what another process runs in the same folder is left to it.
+        """
+        from rich.console import Console
+
+        from normprop.recipes.reproduce import reproduce as run_all
+
+        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
+        result = run_all(claim, protocol, dataset, out, jobs, device, only, seeds, console)
+        if json:
+            _print_json(result)
+            return
+        folder = Path("experiments") / claim if out is None else out
+        count = f", {result['finished']} of {result['planned']} runs" if "planned" in result else ""
+        console.print(f"{result['status']}{count}: {folder}/figure.png, {folder}/results.json")
 
     @app.command()
     def bench(
@@ -602,12 +669,6 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(number) for number in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} {text}: expected whole numbers separated by commas") from error
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _print_json(value: Any) -> None:

@@ -7,7 +7,7 @@ import logging
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,34 @@ class ImageData:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of one image."""
         return tuple(self.train_x.shape[1:])  # type: ignore[return-value]
+
+
+def subset(data: ImageData, train_images: int | None = None, validation: int = 0) -> ImageData:
+    """Fewer training images, or some of them held out; always the same ones.
+
+    Args:
+        data: The whole set.
+        train_images: How many to train on; None for all that are left.
+        validation: How many training images to hold out. They take the test images' place.
+
+    Returns:
+        ``data`` itself if there is nothing to choose.
+
+    Raises:
+        InputError: If there are not so many.
+    """
+    if train_images is None and not validation:
+        return data
+    count = len(data.train_y)
+    wanted = validation + (1 if train_images is None else train_images)
+    if wanted > count:
+        raise InputError(
+            f"--train-images {train_images} --validation {validation}: {data.name} has {count} training images"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held, rest = order[:validation], order[validation:][:train_images]
+    chosen = replace(data, train_x=data.train_x[rest], train_y=data.train_y[rest])
+    return replace(chosen, test_x=data.train_x[held], test_y=data.train_y[held]) if validation else chosen
 
 
 class Batches(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import normprop
 from normprop import NormRule
+from normprop.activations import as_module, names
 from normprop.recipes import InputError
 
 NORMS = ("normprop", "batch", "group", "layer", "weight", "none")
@@ -33,10 +34,15 @@ class Blocks:
     Args:
         norm: One of :data:`NORMS`.
         rule: For ``"normprop"``.
+        activation: A name from ``normprop.moments``' table.
     """
 
-    def __init__(self, norm: str, rule: NormRule) -> None:
-        self.norm, self.rule = norm, rule
+    def __init__(self, norm: str, rule: NormRule, activation: str = "relu") -> None:
+        self.norm, self.rule, self.activation = norm, rule, activation
+
+    def phi(self) -> nn.Module:
+        """The activation as a module of its own; what it works on is the norm's output, read by nobody else."""
+        return nn.ReLU(inplace=True) if self.activation == "relu" else as_module(self.activation)
 
     def conv(
         self,
@@ -49,7 +55,7 @@ class Blocks:
         first: bool = False,
         activation: bool = True,
     ) -> nn.Module:
-        """ReLU(norm(conv)); ``activation=False``: a linear map without norm, for outputs and branch ends."""
+        """phi(norm(conv)); ``activation=False``: a linear map without norm, for outputs and branch ends."""
         if self.norm == "normprop":
             return normprop.NormPropConv2d(
                 channels,
@@ -57,19 +63,19 @@ class Blocks:
                 kernel,
                 stride,
                 padding,
-                activation="relu" if activation else None,
+                activation=self.activation if activation else None,
                 rule=self.rule.at(channels * kernel**2, first),
             )
         bias = not (activation and self.norm in ("batch", "group", "layer"))
         return self._wrap(nn.Conv2d(channels, out, kernel, stride, padding, bias=bias), out, activation)
 
     def linear(self, features: int, out: int, *, first: bool = False, activation: bool = True) -> nn.Module:
-        """ReLU(norm(linear)); ``activation=False``: the output layer."""
+        """phi(norm(linear)); ``activation=False``: the output layer."""
         if self.norm == "normprop":
             return normprop.NormPropLinear(
                 features,
                 out,
-                activation="relu" if activation else None,
+                activation=self.activation if activation else None,
                 rule=self.rule.at(features, first),
             )
         bias = not (activation and self.norm in ("batch", "group", "layer"))
@@ -89,7 +95,7 @@ class Blocks:
             return layer
         if self.norm == "weight":
             weight_norm(layer)
-        return nn.Sequential(layer, *self._norm_layers(channels, batch_norm), nn.ReLU(inplace=True))
+        return nn.Sequential(layer, *self._norm_layers(channels, batch_norm), self.phi())
 
     def _norm_layers(
         self, channels: int, batch_norm: Callable[[int], nn.Module] = nn.BatchNorm2d
@@ -103,10 +109,10 @@ class Blocks:
         return []
 
     def activate(self, channels: int) -> nn.Module:
-        """norm and ReLU of a residual trunk, which no layer comes right before."""
+        """norm and activation of a residual trunk, which no layer comes right before."""
         if self.norm == "normprop":
-            return normprop.NormalizedActivation("relu", rule=self.rule)
-        return nn.Sequential(*self._norm_layers(channels), nn.ReLU())
+            return normprop.NormalizedActivation(self.activation, rule=self.rule)
+        return nn.Sequential(*self._norm_layers(channels), as_module(self.activation))
 
     def add(self, blocks: int, projection: bool) -> nn.Module:
         """The residual sum; NormProp keeps its variance (docs/method.md, section 6)."""
@@ -253,6 +259,7 @@ def build(
     norm: str = "normprop",
     rule: NormRule = normprop.RECOMMENDED,
     width: float = 1.0,
+    activation: str = "relu",
 ) -> nn.Module:
     """A recipe model.
 
@@ -263,6 +270,7 @@ def build(
         norm: One of :data:`NORMS`.
         rule: For ``norm="normprop"``.
         width: Factor on every number of hidden channels.
+        activation: Of all hidden layers; one of ``normprop.activations.names()``.
 
     Returns:
         A module from ``(N, C, H, W)`` to ``(N, classes)``.
@@ -274,9 +282,14 @@ def build(
         >>> build("cnn", (1, 8, 8), 10)(torch.zeros(1, 1, 8, 8)).shape
         torch.Size([1, 10])
     """
-    for option, value, known in (("--model", model, tuple(MODELS)), ("--norm", norm, NORMS)):
+    known_names = (
+        ("--model", model, tuple(MODELS)),
+        ("--norm", norm, NORMS),
+        ("--activation", activation, names()),
+    )
+    for option, value, known in known_names:
         if value not in known:
             raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
     if not 0 < width <= 100:
         raise InputError(f"--width {width}: expected a number above 0, at most 100")
-    return MODELS[model](shape, classes, Blocks(norm, rule), width)
+    return MODELS[model](shape, classes, Blocks(norm, rule, activation), width)

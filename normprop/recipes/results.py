@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -24,9 +25,9 @@ except ImportError:  # not on Windows
 from normprop.recipes import InputError
 
 
-def environment() -> dict[str, Any]:
-    """Versions, device, threads and commit, for every result file."""
-    if torch.cuda.is_available():
+def environment(accelerator: str = "auto") -> dict[str, Any]:
+    """Versions, device, threads and commit, for every result file; ``"cpu"`` for what runs beside a GPU."""
+    if accelerator != "cpu" and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         device = f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
@@ -60,11 +61,35 @@ def _commit() -> str | None:
         return None
 
 
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this block with the same folder, which must exist."""
+    with (folder / ".lock").open("w") as handle:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _innermost_on_one_line(text: str) -> str:
+    """Lists and objects that hold no other, short enough for a line, without their line breaks."""
+
+    def join(match: re.Match[str]) -> str:
+        line = re.sub(r"\n *", " ", match[0])
+        line = line[0] + line[2:-2] + line[-1]
+        return line if len(line) <= 160 or line[0] == "[" else match[0]
+
+    return re.sub(r"[\[{]\n[^\[\]{}]*\n *[\]}]", join, text)
+
+
+class InUse(InputError):
+    """Another process writes to the folder."""
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value``; a reader, or a kill in the middle, finds the old file or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(_innermost_on_one_line(json.dumps(value, indent=1, allow_nan=False)) + "\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -79,7 +104,7 @@ def _lock(out: Path) -> Any:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         handle.close()
-        raise InputError(f"--out {out}: another run is writing there; choose another --out") from None
+        raise InUse(f"--out {out}: another run is writing there; choose another --out") from None
     return handle
 
 

@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import normprop
 from normprop.recipes import InputError
-from normprop.recipes.data import Batches, ImageData
+from normprop.recipes.data import Batches, ImageData, subset
+from normprop.recipes.hidden import observe_hidden
 from normprop.recipes.models import build
 from normprop.recipes.results import environment, output_folder, write_json
 
@@ -54,7 +55,7 @@ class Run:
         width: Factor on the hidden channels.
         batch_size: Samples a step (and device).
         epochs: Passes over the data.
-        lr: Peak learning rate of the one-cycle schedule; None for :func:`default_lr`.
+        lr: Peak learning rate of the schedule; None for :func:`default_lr`.
         data_norm: ``"channel"`` (over the training set), ``"global"`` (per pixel, over the training
             set: the paper's first choice), ``"batch"`` (per pixel, over the input batch: its second),
             ``"none"``.
@@ -62,6 +63,13 @@ class Run:
         seed: Of weights, order and flips.
         precision: Lightning's: ``"32-true"``, ``"bf16-mixed"``, ...
         limit_train_batches: Steps an epoch at most; None for all.
+        halve_every: The paper's schedule: start at ``lr`` and halve it every so many epochs; None for
+            one cycle (up to ``lr`` in a quarter of the steps, and down to nothing).
+        weight_decay: Of what is no NormProp layer's (``normprop.param_groups``).
+        train_images: Train on so many, always the same ones; None for all.
+        validation: Hold out so many training images, always the same ones, and evaluate on them; the
+            test images are then never looked at.
+        activation: Of all hidden layers.
     """
 
     model: str = "cnn"
@@ -76,6 +84,16 @@ class Run:
     seed: int = 0
     precision: str = "32-true"
     limit_train_batches: int | None = None
+    halve_every: int | None = None
+    weight_decay: float = 5e-4
+    train_images: int | None = None
+    validation: int = 0
+    activation: str = "relu"
+
+    @property
+    def measures(self) -> str:
+        """The name of what an epoch's record says: ``"test_accuracy"`` or ``"validation_accuracy"``."""
+        return "validation_accuracy" if self.validation else "test_accuracy"
 
     @property
     def peak_lr(self) -> float:
@@ -87,10 +105,15 @@ class Run:
             if getattr(self, name) not in known:
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
-        for name in ("batch_size", "epochs", "limit_train_batches"):
+        least = dict.fromkeys(
+            ("batch_size", "epochs", "limit_train_batches", "halve_every", "train_images"), 1
+        )
+        for name, minimum in (least | {"validation": 0}).items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+            if value is not None and value < minimum:
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"--weight-decay {self.weight_decay}: expected a number of at least 0")
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise InputError(f"--lr {self.lr}: expected a number above 0")
         if not 0 <= self.seed < 2**32:
@@ -106,19 +129,21 @@ class Outcome:
     Attributes:
         status: ``"ok"``, ``"diverged"`` or ``"cannot train"``.
         reason: Why not, in one line; empty if ok.
-        history: One record an epoch: epoch, train_loss, test_accuracy, seconds.
+        history: One record an epoch: epoch, train_loss, test_accuracy or validation_accuracy, seconds.
         network: The trained network, data end included.
+        hidden: :func:`hidden_statistics` of it; empty unless the run is ok.
     """
 
     status: str
     reason: str
     history: list[dict[str, Any]]
     network: nn.Module
+    hidden: list[dict[str, Any]]
 
     @property
     def test_accuracy(self) -> float | None:
-        """A fraction, after the last epoch; None unless the run is ok."""
-        return self.history[-1]["test_accuracy"] if self.status == "ok" else None
+        """A fraction, after the last epoch; None unless the run is ok and was tested."""
+        return self.history[-1].get("test_accuracy") if self.status == "ok" else None
 
     @property
     def seconds_per_epoch(self) -> float | None:
@@ -130,7 +155,7 @@ class Outcome:
 def network(run: Run, data: ImageData) -> nn.Module:
     """The data end and the model, weights drawn from ``run.seed``."""
     torch.manual_seed(run.seed)
-    model = build(run.model, data.shape, data.classes, run.norm, RULES[run.rule], run.width)
+    model = build(run.model, data.shape, data.classes, run.norm, RULES[run.rule], run.width, run.activation)
     end: nn.Module = nn.Identity()
     if run.data_norm in ("global", "channel"):
         per = "element" if run.data_norm == "global" else "channel"
@@ -145,11 +170,13 @@ class _Diverged(Exception):
 
 
 class _Classifier(pl.LightningModule):
-    """Cross-entropy, SGD with momentum 0.9, one-cycle learning rate; NormProp's rows projected every step."""
+    """Cross-entropy, SGD with momentum 0.9; NormProp's rows projected every step."""
 
-    def __init__(self, run: Run, dataset: str, net: nn.Module) -> None:
+    def __init__(
+        self, run: Run, dataset: str, net: nn.Module, observe: Callable[[], dict[str, Any]]
+    ) -> None:
         super().__init__()
-        self.run, self.net = run, net
+        self.run, self.net, self.observe = run, net, observe
         self.identity = asdict(run) | {"dataset": dataset}
         self.history: list[dict[str, Any]] = []
         self.dtype_in = torch.float64 if run.precision == "64-true" else torch.float32
@@ -162,17 +189,23 @@ class _Classifier(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         run = self.run
         lr = run.peak_lr
-        groups = normprop.param_groups(self.net, weight_decay=5e-4)
+        groups = normprop.param_groups(self.net, weight_decay=run.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         if run.norm == "normprop":
             normprop.attach_projection(optimizer, self.net)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=lr,
-            total_steps=max(8, int(self.trainer.estimated_stepping_batches)),  # it divides by 0 at 4
-            pct_start=0.25,
-            cycle_momentum=False,
-        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule: torch.optim.lr_scheduler.LRScheduler
+        if run.halve_every is None:
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer,
+                max_lr=lr,
+                total_steps=max(8, steps),  # it divides by 0 at 4
+                pct_start=0.25,
+                cycle_momentum=False,
+            )
+        else:
+            period = steps // run.epochs * run.halve_every
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, period, gamma=0.5)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
@@ -217,12 +250,13 @@ class _Classifier(pl.LightningModule):
             {
                 "epoch": self.current_epoch + 1,
                 "train_loss": loss / self.trainer.world_size,
-                "test_accuracy": correct / seen,
+                self.run.measures: correct / seen,
                 "seconds": self.seconds,
             }
         )
         if self.logger:
             self.log_dict({k: float(v) for k, v in self.history[-1].items() if k != "epoch"})
+        self.history[-1] |= self.observe()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["normprop"] = {"history": self.history, "run": self.identity}
@@ -248,7 +282,7 @@ class _Data(pl.LightningDataModule):
             batch_size,
             sampler=sampler,
             collate_fn=_already_a_batch,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -285,6 +319,13 @@ class _AfterEpoch(Callback):
             self.report(module.history)  # type: ignore[arg-type]
 
 
+Observe = Callable[[nn.Module, ImageData], dict[str, Any]]
+
+
+def _nothing(*_: Any) -> dict[str, Any]:
+    return {}
+
+
 def fit(
     run: Run,
     data: ImageData,
@@ -294,6 +335,8 @@ def fit(
     progress_bar: bool = False,
     devices: str = "1",
     nodes: int = 1,
+    accelerator: str = "auto",
+    observe: Observe = _nothing,
 ) -> Outcome:
     """Train one model.
 
@@ -306,11 +349,16 @@ def fit(
         progress_bar: Show Lightning's bar.
         devices: How many, or ``"auto"``.
         nodes: Number of machines.
+        accelerator: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        observe: Called after every epoch with the network and the run's data; what it returns joins
+            the epoch's record.
 
     Returns:
         The outcome; a norm that refuses the batch size, or a loss that is no number, is a status.
     """
-    module = _Classifier(run, data.name, network(run, data).to(memory_format=torch.channels_last))
+    data = subset(data, run.train_images, run.validation)
+    net = network(run, data).to(memory_format=torch.channels_last)
+    module = _Classifier(run, data.name, net, lambda: observe(net, data))
     callbacks: list[Callback] = [_AfterEpoch(report)]
     loggers: list[Any] = []
     if out is not None:
@@ -327,7 +375,7 @@ def fit(
         status, reason = "ok", ""
         try:
             trainer = pl.Trainer(
-                accelerator="auto",
+                accelerator=accelerator,
                 devices=devices if devices == "auto" else int(devices),
                 num_nodes=nodes,
                 precision=run.precision,  # type: ignore[arg-type]
@@ -359,7 +407,8 @@ def fit(
         else:
             if trainer.interrupted:
                 raise KeyboardInterrupt
-    return Outcome(status, reason, module.history, module.net)
+    hidden = observe_hidden(net, data)["hidden"] if status == "ok" and is_first_process() else []
+    return Outcome(status, reason, module.history, net, hidden)
 
 
 class _quiet_lightning:
@@ -397,6 +446,7 @@ def _check_resumable(path: Path, run: Run, dataset: str, out: Path) -> None:
             f"--resume: {path} is no checkpoint of normprop train ({type(error).__name__}); "
             "delete it, or choose another --out"
         ) from error
+    before = asdict(Run()) | before  # a field that came later had its default
     for name, value in (asdict(run) | {"dataset": dataset}).items():
         if before.get(name) != value:
             raise InputError(
@@ -414,6 +464,8 @@ def train(
     progress_bar: bool = False,
     devices: str = "auto",
     nodes: int = 1,
+    accelerator: str = "auto",
+    observe: Observe = _nothing,
 ) -> Outcome:
     """Train one model into a folder: ``results.json``, ``checkpoints/``, ``logs/``, ``model.pt``.
 
@@ -426,6 +478,8 @@ def train(
         progress_bar: Show a bar.
         devices: How many, or ``"auto"``.
         nodes: Number of machines.
+        accelerator: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        observe: As for :func:`fit`.
 
     Returns:
         The outcome; ``model.pt`` is the trained network's state dict.
@@ -440,16 +494,20 @@ def train(
         raise InputError(f"--resume: no checkpoint in {out}; leave --resume out to start")
     if checkpoint is not None:
         _check_resumable(checkpoint, run, data.name, out)
-    made_by = environment()
+    made_by = environment(accelerator)
 
-    def save(history: list[dict[str, Any]], status: str = "partial", reason: str = "") -> None:
+    def save(
+        history: list[dict[str, Any]], status: str = "partial", reason: str = "", hidden: Sequence[Any] = ()
+    ) -> None:
         ok = status == "ok"
         record = {
             "run": asdict(run) | {"dataset": data.name},
+            "rule": asdict(RULES[run.rule]) if run.norm == "normprop" else None,
             "status": status,
             "reason": reason,
-            "test_accuracy": history[-1]["test_accuracy"] if ok else None,
+            run.measures: history[-1][run.measures] if ok else None,
             "epochs": history,
+            "hidden": list(hidden),
             **made_by,
         }
         write_json(out / "results.json", record)
@@ -459,10 +517,12 @@ def train(
         report(history)
 
     with output_folder(out, keep=()):
-        outcome = fit(run, data, after_epoch, out, checkpoint, progress_bar, devices, nodes)
+        outcome = fit(
+            run, data, after_epoch, out, checkpoint, progress_bar, devices, nodes, accelerator, observe
+        )
         if is_first_process():
             temporary = out / "model.pt.tmp"
             torch.save(outcome.network.state_dict(), temporary)
             os.replace(temporary, out / "model.pt")
-            save(outcome.history, outcome.status, outcome.reason)
+            save(outcome.history, outcome.status, outcome.reason, outcome.hidden)
     return outcome

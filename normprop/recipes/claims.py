@@ -1,0 +1,392 @@
+"""The claims that ``normprop reproduce`` tests: what the paper says, and which runs test it.
+
+A claim lists its runs for a protocol; nothing here trains. ``full`` is the paper's protocol (its sec. 5;
+what the paper leaves open is said where it is filled in), ``reduced`` finishes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from normprop.recipes.hidden import observe_hidden
+from normprop.recipes.jacobian import measure_jacobian
+from normprop.recipes.models import NORMS
+from normprop.recipes.speed import measure_speed
+from normprop.recipes.train import Observe, Run, default_lr
+
+Row = dict[str, Any]
+
+VARIANTS: dict[str, dict[str, str]] = {
+    "normprop, paper": {"norm": "normprop", "rule": "paper"},
+    "normprop, recommended": {"norm": "normprop", "rule": "recommended"},
+    **{norm: {"norm": norm} for norm in NORMS if norm != "normprop"},
+}
+NORMPROP = ("normprop, paper", "normprop, recommended")
+BATCH_SIZES = (1, 2, 4, 8, 16, 50, 100, 250)
+LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+ACTIVATIONS = (
+    "relu", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "softplus", "tanh",
+)  # fmt: skip
+WITHIN = 0.05  # of a variant's best mean accuracy: a step size that is not too large
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much is trained.
+
+    Attributes:
+        name: ``"reduced"`` or ``"full"``.
+        base: What all runs share, data norm of the batch-size claim apart.
+        seeds: How many, from 0.
+        short: Changes for the claims that have many runs.
+        search: Changes for runs that look for a step size, always on held-out training images.
+        final: Changes for the runs with the step size that was found.
+        table: Changes for the table of errors, by data set; ``""`` for any other.
+    """
+
+    name: str
+    base: Run
+    seeds: int
+    short: dict[str, Any]
+    search: dict[str, Any]
+    final: dict[str, Any]
+    table: dict[str, dict[str, Any]]
+
+    def lr(self, norm: str, batch_size: int) -> float:
+        """The paper's step size where its schedule is used, else what ``normprop train`` takes.
+
+        The paper gives .05 at batch 50, .08 at 100, .0001 without norm; for other sizes we scale
+        linearly below 50 and stay at .08 above 100.
+        """
+        if self.base.halve_every is None:
+            return default_lr(norm, batch_size)
+        if norm == "none":
+            return 1e-4
+        return 0.08 if batch_size >= 100 else 0.05 * min(1.0, batch_size / 50)
+
+    def run(self, variant: str, **changes: Any) -> Run:
+        """The base with a variant's norm and rule, its step size, and ``changes``."""
+        run = replace(self.base, **(VARIANTS[variant] | changes))
+        return run if "lr" in changes else replace(run, lr=self.lr(run.norm, run.batch_size))
+
+
+_MIXED = {"model": "nin", "data_norm": "batch", "precision": "bf16-mixed"}
+PROTOCOLS = {
+    "reduced": Protocol(
+        "reduced",
+        Run(width=0.25, batch_size=100, epochs=10, **_MIXED),  # type: ignore[arg-type]
+        seeds=3,
+        short={"train_images": 20_000, "epochs": 4},
+        search={"train_images": 10_000, "epochs": 2, "validation": 5_000},
+        final={},
+        table={"": {}},
+    ),
+    "full": Protocol(
+        "full",
+        Run(batch_size=50, epochs=50, halve_every=10, **_MIXED),  # type: ignore[arg-type]
+        seeds=3,
+        short={},
+        search={"batch_size": 100, "epochs": 10, "halve_every": None, "validation": 5_000},
+        final={"batch_size": 100, "halve_every": None},
+        table={
+            "": {"epochs": 200, "halve_every": 25},
+            "svhn": {"batch_size": 100, "epochs": 25, "halve_every": 5},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a claim.
+
+    Attributes:
+        label: Of its variant, as tables and figures show it.
+        run: What to train.
+        stage: ``"selection"`` of a step size or ``"final"``; empty where a claim has one stage.
+    """
+
+    label: str
+    run: Run
+    stage: str = ""
+
+
+Plan = Callable[[Protocol, str, int, Sequence[Row]], list[Planned]]
+Measurement = Callable[[str, str, Callable[[str], None]], list[Row]]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim and its test.
+
+    Attributes:
+        name: As typed.
+        paper: What the paper reports, in one line.
+        plan: The runs, from the protocol, the data set's name, the number of seeds and the rows that
+            are there; None for a claim that is measured without training.
+        by: What tells the rows of one variant apart, seeds aside; keys of a row.
+        observe: Called after every epoch of its runs.
+        measurement: For a claim without runs: its rows, from the protocol's name, the device and a
+            function that is told what is going on.
+    """
+
+    name: str
+    paper: str
+    plan: Plan | None = None
+    by: tuple[str, ...] = ()
+    observe: Observe | None = None
+    measurement: Measurement | None = None
+
+
+def _grid(
+    protocol: Protocol, seeds: int, variants: Iterable[str], settings: Iterable[dict[str, Any]] = ({},)
+) -> list[Planned]:
+    """Every variant under every setting, seed by seed, so that what is there early covers all of them."""
+    return [
+        Planned(variant, protocol.run(variant, seed=seed, **setting))
+        for seed in range(seeds)
+        for setting in list(settings)
+        for variant in variants
+    ]
+
+
+def _data_norm(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    sizes = (protocol.base.batch_size,) if protocol.name != "full" else (50, 100)
+    settings = [{"data_norm": norm, "batch_size": b} for b in sizes for norm in ("global", "batch")]
+    return _grid(protocol, seeds, NORMPROP, settings)
+
+
+def _hidden_mean(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    return _grid(protocol, seeds, (*NORMPROP, "batch", "none"))
+
+
+def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    if protocol.name == "full":
+        return _grid(protocol, seeds, (*NORMPROP, "batch"))
+    wide = _grid(protocol, 1, (*NORMPROP, "batch"), [{"width": 1.0}])
+    return [*_grid(protocol, seeds, VARIANTS), *wide]
+
+
+def _batch_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    # The largest batches first: they take the least time.
+    settings = [
+        protocol.short | {"batch_size": size, "data_norm": "global"} for size in reversed(BATCH_SIZES)
+    ]
+    return _grid(protocol, seeds, (*NORMPROP, "batch", "group"), settings)
+
+
+def _table(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    change = protocol.table.get(dataset, protocol.table[""])
+    flips = (False,) if dataset == "svhn" else (False, True)  # a mirrored 2 is no 2
+    return _grid(protocol, seeds, (*NORMPROP, "batch"), [change | {"flip": flip} for flip in flips])
+
+
+def _activations(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    settings = [protocol.short | {"activation": name} for name in ACTIVATIONS]
+    return _grid(protocol, seeds, ("normprop, paper",), settings)
+
+
+def _step_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    settings = [protocol.search | {"lr": lr} for lr in LEARNING_RATES]
+    return _grid(protocol, seeds, (*NORMPROP, "batch", "none"), settings)
+
+
+def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    """First a step size for each model and norm, on held-out training images; then the runs that count."""
+    variants = ("normprop, recommended", "batch")
+    models: list[dict[str, Any]] = [
+        {"model": protocol.base.model, "width": protocol.base.width},
+        {"model": "resnet20", "width": 1.0},
+    ]
+    settings = [model | protocol.search | {"lr": lr} for model in models for lr in LEARNING_RATES]
+    planned = [replace(p, stage="selection") for p in _grid(protocol, seeds, variants, settings)]
+    for model in models:
+        for variant in variants:
+            mine = [p for p in planned if p.label == variant and p.run.model == model["model"]]
+            mine = [p for p in mine if p.stage == "selection"]
+            lr = best_lr(rows, variant, model["model"], len(mine))
+            if lr is not None:
+                changes = model | protocol.final | {"lr": lr}
+                final = _grid(protocol, seeds, (variant,), [changes])
+                planned += [replace(p, stage="final") for p in final]
+    return planned
+
+
+def best_lr(rows: Sequence[Row], label: str, model: str, needed: int) -> float | None:
+    """The step size with the best mean held-out accuracy, no seed diverged; None until all is there.
+
+    Args:
+        rows: Of any stage.
+        label: The variant.
+        model: Its model.
+        needed: Number of selection rows that must be finished.
+    """
+    mine = [r for r in rows if (r["label"], r["model"], r["stage"]) == (label, model, "selection")]
+    mine = [r for r in mine if r["status"] != "partial"]
+    if len(mine) < needed:
+        return None
+    groups = [g for g in summarize(mine, ("lr",)) if g["n"] and not g["failed"]]
+    return max(groups, key=lambda g: g["mean"])["lr"] if groups else None
+
+
+def largest_lr(rows: Sequence[Row], label: str) -> float | None:
+    """The largest step size at which all seeds end within 5 points of the variant's best mean accuracy."""
+    groups = summarize([r for r in rows if r["label"] == label], ("lr",))
+    means = [g["mean"] for g in groups if g["n"] and not g["failed"]]
+    if not means:
+        return None
+    bound = max(means) - WITHIN
+    return max((g["lr"] for g in groups if not g["failed"] and min(g["finals"]) >= bound), default=None)
+
+
+def final_accuracy(row: Row) -> float | None:
+    """A fraction, after the last epoch; None unless the run is finished and ok."""
+    if row["status"] != "ok":
+        return None
+    values = row.get("test_accuracy") or row.get("validation_accuracy")
+    return None if not values else values[-1]
+
+
+def summarize(rows: Sequence[Row], by: Sequence[str] = ()) -> list[Row]:
+    """One record a variant and setting: mean and std of the final accuracy over the seeds that are ok.
+
+    Args:
+        rows: Of finished and unfinished runs.
+        by: Keys of the settings.
+
+    Returns:
+        ``label``, the settings, ``n``, ``mean`` (None if n is 0), ``std`` (None below 2), ``finals``
+        (one a seed), ``failed`` (how many of each status that is neither ok nor partial) and
+        ``partial`` (how many are not finished), in the order of the rows.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["label"], *(row.get(key) for key in by)), []).append(row)
+    result = []
+    for (label, *setting), mine in groups.items():
+        finals = [accuracy for row in mine if (accuracy := final_accuracy(row)) is not None]
+        failed: dict[str, int] = {}
+        for row in mine:
+            if row["status"] not in ("ok", "partial"):
+                failed[row["status"]] = failed.get(row["status"], 0) + 1
+        result.append(
+            {
+                "label": label,
+                **dict(zip(by, setting, strict=True)),
+                "n": len(finals),
+                "mean": statistics.mean(finals) if finals else None,
+                "std": statistics.stdev(finals) if len(finals) > 1 else None,
+                "finals": finals,
+                "failed": failed,
+                "partial": sum(row["status"] == "partial" for row in mine),
+            }
+        )
+    return result
+
+
+SHORT = {
+    "width": "w", "batch_size": "b", "epochs": "e", "lr": "lr", "halve_every": "halve", "train_images": "n",
+    "validation": "val", "limit_train_batches": "limit", "weight_decay": "wd",
+}  # fmt: skip
+ALWAYS = ("width", "batch_size", "epochs", "lr")
+
+
+def run_key(protocol: Protocol, dataset: str, run: Run) -> str:
+    """A folder's name: protocol, data set and every setting that is not the default's, the seed last.
+
+    Example:
+        >>> run_key(PROTOCOLS["reduced"], "cifar10", PROTOCOLS["reduced"].run("batch", seed=1))
+        'reduced-cifar10-nin-batch-w0.25-b100-e10-lr0.078125-batch_data-bf16-seed1'
+    """
+    parts = [protocol.name, dataset, run.model, run.norm]
+    if run.norm == "normprop":
+        parts.append(run.rule)
+    for field in fields(Run):
+        name, value = field.name, getattr(run, field.name)
+        if name in ("model", "norm", "rule", "seed") or (value == field.default and name not in ALWAYS):
+            continue
+        if name in SHORT:
+            parts.append(f"{SHORT[name]}{value:g}")
+        elif name == "data_norm":
+            parts.append(f"{value}_data")
+        elif name == "precision":
+            parts.append(value.removesuffix("-mixed"))
+        elif value is True:
+            parts.append(name)
+        elif name == "activation":
+            parts.append(value)
+        else:
+            parts.append(f"{name}_{value}")
+    return "-".join([*parts, f"seed{run.seed}"])
+
+
+CLAIMS = {
+    claim.name: claim
+    for claim in (
+        Claim(
+            "data-norm",
+            "sec. 5.1, fig. 1: global and batch data normalisation reach nearly the same accuracy, about "
+            "90 % by epoch 30; best 90.35 % with batch data normalisation at batch size 50",
+            _data_norm,
+            ("batch_size", "data_norm"),
+        ),
+        Claim(
+            "hidden-mean",
+            "fig. 2: the mean of a hidden layer's input settles during training, at 0.19 on average with "
+            "NormProp, 0.33 with BatchNorm",
+            _hidden_mean,
+            observe=observe_hidden,
+        ),
+        Claim(
+            "convergence",
+            "fig. 3: NormProp is ahead of BatchNorm for about 30 epochs and smoother; both end at about 90 %",
+            _convergence,
+            ("width",),
+        ),
+        Claim(
+            "batch-size",
+            "fig. 4: NormProp ends at about 90 % with batches of 1, 50 and 100, at about 88 % with 250",
+            _batch_size,
+            ("batch_size",),
+        ),
+        Claim(
+            "table",
+            "table 1, test error of NormProp and BatchNorm: CIFAR-10 9.11 and 9.41 %, with flips 7.47 and "
+            "7.25 %; CIFAR-100 32.19 and 35.32 %, with flips 29.24 and 30.26 %; SVHN 1.88 and 2.25 %",
+            _table,
+            ("flip",),
+        ),
+        Claim(
+            "speed",
+            "sec. 5: 84 s an epoch of CIFAR-10 with NormProp, 96 s with BatchNorm (Titan X)",
+            measurement=measure_speed,
+        ),
+        Claim(
+            "jacobian",
+            "sec. 3: the singular values of a layer's Jacobian are about 1.21; the gain 1/1.21 makes "
+            "them 1; the canonical error bound (Prop. 1) bounds the correlation of a layer's outputs",
+            measurement=measure_jacobian,
+        ),
+        Claim(
+            "activations",
+            "eq. 12: the method takes any activation, by its mean and std under N(0, 1)",
+            _activations,
+            ("activation",),
+        ),
+        Claim(
+            "step-size",
+            "not in the paper: the largest step size that each norm trains with",
+            _step_size,
+            ("lr",),
+        ),
+        Claim(
+            "beyond",
+            "not in the paper: NormProp against BatchNorm, each at its own best step size",
+            _beyond,
+            ("stage", "model", "lr"),
+        ),
+    )
+}
