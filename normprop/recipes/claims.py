@@ -6,15 +6,18 @@ what the paper leaves open is said where it is filled in), ``reduced`` finishes 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from rich.table import Table
+
+from normprop.recipes import figures
 from normprop.recipes.hidden import observe_hidden
-from normprop.recipes.jacobian import measure_jacobian
+from normprop.recipes.jacobian import jacobian_findings, jacobian_table, measure_jacobian
 from normprop.recipes.models import NORMS
-from normprop.recipes.speed import measure_speed
+from normprop.recipes.speed import measure_speed, speed_findings, speed_table
+from normprop.recipes.summary import accuracy_table, best_lr, hidden_means, largest_steps
 from normprop.recipes.train import Observe, Run, default_lr
 
 Row = dict[str, Any]
@@ -30,7 +33,6 @@ LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 ACTIVATIONS = (
     "relu", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "softplus", "tanh",
 )  # fmt: skip
-WITHIN = 0.05  # of a variant's best mean accuracy: a step size that is not too large
 
 
 @dataclass(frozen=True)
@@ -125,20 +127,26 @@ class Claim:
     Attributes:
         name: As typed.
         paper: What the paper reports, in one line.
+        figure: Draws the figure from what ``results.json`` holds, into a file.
         plan: The runs, from the protocol, the data set's name, the number of seeds and the rows that
             are there; None for a claim that is measured without training.
         by: What tells the rows of one variant apart, seeds aside; keys of a row.
         observe: Called after every epoch of its runs.
         measurement: For a claim without runs: its rows, from the protocol's name, the device and a
             function that is told what is going on.
+        table: Of its rows, for people; by default of accuracies.
+        findings: What the rows come to, in a few numbers.
     """
 
     name: str
     paper: str
+    figure: figures.Figure
     plan: Plan | None = None
     by: tuple[str, ...] = ()
     observe: Observe | None = None
     measurement: Measurement | None = None
+    table: Callable[[Sequence[Row], Sequence[str]], Table] = accuracy_table
+    findings: Callable[[Sequence[Row]], Row] = lambda _: {}
 
 
 def _grid(
@@ -215,78 +223,6 @@ def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -
     return planned
 
 
-def best_lr(rows: Sequence[Row], label: str, model: str, needed: int) -> float | None:
-    """The step size with the best mean held-out accuracy, no seed diverged; None until all is there.
-
-    Args:
-        rows: Of any stage.
-        label: The variant.
-        model: Its model.
-        needed: Number of selection rows that must be finished.
-    """
-    mine = [r for r in rows if (r["label"], r["model"], r["stage"]) == (label, model, "selection")]
-    mine = [r for r in mine if r["status"] != "partial"]
-    if len(mine) < needed:
-        return None
-    groups = [g for g in summarize(mine, ("lr",)) if g["n"] and not g["failed"]]
-    return max(groups, key=lambda g: g["mean"])["lr"] if groups else None
-
-
-def largest_lr(rows: Sequence[Row], label: str) -> float | None:
-    """The largest step size at which all seeds end within 5 points of the variant's best mean accuracy."""
-    groups = summarize([r for r in rows if r["label"] == label], ("lr",))
-    means = [g["mean"] for g in groups if g["n"] and not g["failed"]]
-    if not means:
-        return None
-    bound = max(means) - WITHIN
-    return max((g["lr"] for g in groups if not g["failed"] and min(g["finals"]) >= bound), default=None)
-
-
-def final_accuracy(row: Row) -> float | None:
-    """A fraction, after the last epoch; None unless the run is finished and ok."""
-    if row["status"] != "ok":
-        return None
-    values = row.get("test_accuracy") or row.get("validation_accuracy")
-    return None if not values else values[-1]
-
-
-def summarize(rows: Sequence[Row], by: Sequence[str] = ()) -> list[Row]:
-    """One record a variant and setting: mean and std of the final accuracy over the seeds that are ok.
-
-    Args:
-        rows: Of finished and unfinished runs.
-        by: Keys of the settings.
-
-    Returns:
-        ``label``, the settings, ``n``, ``mean`` (None if n is 0), ``std`` (None below 2), ``finals``
-        (one a seed), ``failed`` (how many of each status that is neither ok nor partial) and
-        ``partial`` (how many are not finished), in the order of the rows.
-    """
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["label"], *(row.get(key) for key in by)), []).append(row)
-    result = []
-    for (label, *setting), mine in groups.items():
-        finals = [accuracy for row in mine if (accuracy := final_accuracy(row)) is not None]
-        failed: dict[str, int] = {}
-        for row in mine:
-            if row["status"] not in ("ok", "partial"):
-                failed[row["status"]] = failed.get(row["status"], 0) + 1
-        result.append(
-            {
-                "label": label,
-                **dict(zip(by, setting, strict=True)),
-                "n": len(finals),
-                "mean": statistics.mean(finals) if finals else None,
-                "std": statistics.stdev(finals) if len(finals) > 1 else None,
-                "finals": finals,
-                "failed": failed,
-                "partial": sum(row["status"] == "partial" for row in mine),
-            }
-        )
-    return result
-
-
 SHORT = {
     "width": "w", "batch_size": "b", "epochs": "e", "lr": "lr", "halve_every": "halve", "train_images": "n",
     "validation": "val", "limit_train_batches": "limit", "weight_decay": "wd",
@@ -330,6 +266,7 @@ CLAIMS = {
             "data-norm",
             "sec. 5.1, fig. 1: global and batch data normalisation reach nearly the same accuracy, about "
             "90 % by epoch 30; best 90.35 % with batch data normalisation at batch size 50",
+            figures.data_norm,
             _data_norm,
             ("batch_size", "data_norm"),
         ),
@@ -337,18 +274,22 @@ CLAIMS = {
             "hidden-mean",
             "fig. 2: the mean of a hidden layer's input settles during training, at 0.19 on average with "
             "NormProp, 0.33 with BatchNorm",
+            figures.hidden_mean,
             _hidden_mean,
             observe=observe_hidden,
+            findings=hidden_means,
         ),
         Claim(
             "convergence",
             "fig. 3: NormProp is ahead of BatchNorm for about 30 epochs and smoother; both end at about 90 %",
+            figures.convergence,
             _convergence,
             ("width",),
         ),
         Claim(
             "batch-size",
             "fig. 4: NormProp ends at about 90 % with batches of 1, 50 and 100, at about 88 % with 250",
+            figures.batch_size,
             _batch_size,
             ("batch_size",),
         ),
@@ -356,35 +297,46 @@ CLAIMS = {
             "table",
             "table 1, test error of NormProp and BatchNorm: CIFAR-10 9.11 and 9.41 %, with flips 7.47 and "
             "7.25 %; CIFAR-100 32.19 and 35.32 %, with flips 29.24 and 30.26 %; SVHN 1.88 and 2.25 %",
+            figures.table,
             _table,
             ("flip",),
         ),
         Claim(
             "speed",
             "sec. 5: 84 s an epoch of CIFAR-10 with NormProp, 96 s with BatchNorm (Titan X)",
+            figures.speed,
             measurement=measure_speed,
+            table=speed_table,
+            findings=speed_findings,
         ),
         Claim(
             "jacobian",
             "sec. 3: the singular values of a layer's Jacobian are about 1.21; the gain 1/1.21 makes "
             "them 1; the canonical error bound (Prop. 1) bounds the correlation of a layer's outputs",
+            figures.jacobian,
             measurement=measure_jacobian,
+            table=jacobian_table,
+            findings=jacobian_findings,
         ),
         Claim(
             "activations",
             "eq. 12: the method takes any activation, by its mean and std under N(0, 1)",
+            figures.activations,
             _activations,
             ("activation",),
         ),
         Claim(
             "step-size",
             "not in the paper: the largest step size that each norm trains with",
+            figures.step_size,
             _step_size,
             ("lr",),
+            findings=largest_steps,
         ),
         Claim(
             "beyond",
             "not in the paper: NormProp against BatchNorm, each at its own best step size",
+            figures.beyond,
             _beyond,
             ("stage", "model", "lr"),
         ),

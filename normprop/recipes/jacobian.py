@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rich import box
+from rich.table import Table
+from torch import Tensor
 
 import normprop
 from normprop.diagnostics import coherence, off_diagonal_norm
@@ -107,15 +109,18 @@ def depth(label: str, rule: normprop.NormRule, seed: int) -> Row:
         normprop.NormPropLinear(FEATURES, FEATURES, rule=rule.at(FEATURES, first=index == 0))
         for index in range(DEPTH)
     ]
-    trace = normprop.measure(nn.Sequential(*layers), torch.randn(SAMPLES, FEATURES), seed)
-    records = [record for record in trace if record.op == "NormPropLinear"]
-    gradients = torch.tensor([record.gradient for record in records])
+    outputs = [torch.randn(SAMPLES, FEATURES)]
+    for layer in layers:
+        outputs.append(layer(outputs[-1]))
+        outputs[-1].retain_grad()
+    outputs[-1].backward(torch.randn(SAMPLES, FEATURES))
+    gradients = torch.stack([output.grad.norm() for output in outputs[1:] if output.grad is not None])
     return {
         "part": "depth",
         "seed": seed,
         "label": label,
         "width": FEATURES,
-        "signal": _numbers([record.std for record in records]),
+        "signal": _numbers([float(output.detach().std()) for output in outputs[1:]]),
         "gradient": _numbers(gradients / gradients[-1]),
     }
 
@@ -144,3 +149,31 @@ def bound(width: int, fan_in: int, seed: int) -> Row:
         "bound": coherence(gram) * math.sqrt(width * (width - 1)),
         "actual": off_diagonal_norm(gram),
     }
+
+
+def jacobian_findings(rows: Sequence[Row]) -> Row:
+    """Means over seeds: rms singular values, signal and gradient at the ends, actual error over bound."""
+    found: Row = {}
+    for row in rows:
+        if row["part"] == "singular values":
+            name = f"rms singular value, {row['kind']}, fan-in {row['fan_in']}"
+            found.setdefault(name, []).append(row["rms"])
+        elif row["part"] == "depth":
+            layers = len(row["signal"])
+            found.setdefault(f"std of layer {layers}, {row['label']}", []).append(row["signal"][-1])
+            name = f"gradient of layer 1 / layer {layers}, {row['label']}"
+            found.setdefault(name, []).append(row["gradient"][0])
+        else:
+            name = f"actual / bound, {row['width']} units, fan-in {row['fan_in']}"
+            found.setdefault(name, []).append(row["actual"] / row["bound"])
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def jacobian_table(rows: Sequence[Row], _: Sequence[str]) -> Table:
+    """How many rows of which part; the numbers are the findings."""
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("part", "rows"):
+        view.add_column(column)
+    for part in dict.fromkeys(row["part"] for row in rows):
+        view.add_row(part, str(sum(row["part"] == part for row in rows)))
+    return view

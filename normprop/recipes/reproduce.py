@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from normprop.recipes import InputError, duration
-from normprop.recipes.claims import CLAIMS, PROTOCOLS, Claim, Planned, Protocol, run_key, summarize
+from normprop.recipes.claims import CLAIMS, PROTOCOLS, Claim, Planned, Protocol, run_key
 from normprop.recipes.data import ImageData, load
-from normprop.recipes.figures import draw, findings, table
 from normprop.recipes.results import InUse, environment, exclusive, write_json
+from normprop.recipes.summary import summarize
 from normprop.recipes.train import RULES, Observe, Run, _nothing, newest_checkpoint, train
 
 Row = dict[str, Any]
@@ -137,7 +137,7 @@ class Study:
                 "planned": len(planned),
                 "finished": finished,
                 "summary": summarize(rows, self.claim.by),
-                "findings": findings(self.claim, rows),
+                "findings": self.claim.findings(rows),
                 "rows": rows,
             }
             write_json(self.out / "results.json", result)
@@ -149,7 +149,10 @@ class Study:
         with _writable(self.out):
             pass  # before the work
         rows = self.claim.measurement(self.protocol.name, device, report)
-        result = self._result([environment(device) | row for row in rows], True) | {"rows": rows}
+        result = self._result([environment(device) | row for row in rows], True) | {
+            "findings": self.claim.findings(rows),
+            "rows": rows,
+        }
         write_json(self.out / "results.json", result)
         return result
 
@@ -268,11 +271,14 @@ def reproduce(
             some = this.key(this.gather()[0][0])
             raise InputError(f"--only {only}: no run of {claim} has this in its name; one is called {some}")
         result = _train_missing(this, dataset, jobs, device, only, console)
-    draw(this.claim, result, this.out / "figure.png")
+    if result["rows"]:
+        this.claim.figure(result, this.out / "figure.png")
     if console is not None:
-        console.print(table(this.claim, result["rows"]))
-        for name, value in result.get("findings", {}).items():
-            console.print(f"{name}: {value}")
+        console.print(this.claim.table(result["rows"], this.claim.by))
+        for name, value in result["findings"].items():
+            values = value.items() if isinstance(value, dict) else [("", value)]
+            told = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values)
+            console.print(f"{name}: {told.strip()}", highlight=False)
     return result
 
 

@@ -234,18 +234,25 @@ class _Classifier(pl.LightningModule):
         self.seconds = time.perf_counter() - self.started
         self.correct = torch.zeros((), device=self.device)
         self.seen = torch.zeros((), device=self.device)
+        self.lost = torch.zeros((), device=self.device)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         x, y = batch
-        self.correct += (self(x).argmax(1) == y).sum()
+        output = self(x)
+        self.correct += (output.argmax(1) == y).sum()
+        self.lost += (~output.isfinite()).sum()
         self.seen += len(y)
 
     def on_validation_epoch_end(self) -> None:
-        totals = self.all_gather(torch.stack([self.correct, self.seen, self.loss_sum / self.steps]))
+        totals = self.all_gather(
+            torch.stack([self.correct, self.seen, self.lost, self.loss_sum / self.steps])
+        )
         assert isinstance(totals, Tensor)
-        correct, seen, loss = totals.reshape(-1, 3).double().sum(0).tolist()
+        correct, seen, lost, loss = totals.reshape(-1, 4).double().sum(0).tolist()
         if not math.isfinite(loss):
             raise _Diverged(f"the loss is no number in epoch {self.current_epoch + 1}")
+        if lost:  # the last step did it
+            raise _Diverged(f"the outputs are no numbers after epoch {self.current_epoch + 1}")
         self.history.append(
             {
                 "epoch": self.current_epoch + 1,
@@ -403,7 +410,10 @@ def fit(
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
-            status, reason = "cannot train", "BatchNorm saw one value a channel (a batch of 1)"
+            status = "cannot train"
+            reason = "BatchNorm saw one value a channel (a batch of 1)"
+            if run.norm != "batch":
+                reason = "GroupNorm saw one value a group (a batch of 1, a layer this narrow)"
         else:
             if trainer.interrupted:
                 raise KeyboardInterrupt
