@@ -64,6 +64,11 @@ class Study:
     seeds: int
     out: Path
 
+    @property
+    def data_name(self) -> str | None:
+        """The data set's name; None for a claim that reads none."""
+        return None if self.claim.plan is None else self.dataset
+
     def key(self, planned: Planned) -> str:
         """The name of its folder in ``runs/``."""
         return run_key(self.protocol, self.dataset, planned.run)
@@ -149,7 +154,8 @@ class Study:
         with _writable(self.out):
             pass  # before the work
         rows = self.claim.measurement(self.protocol.name, device, report)
-        result = self._result([environment(device) | row for row in rows], True) | {
+        made_by = environment(device)
+        result = self._result([made_by | row for row in rows], True) | {
             "findings": self.claim.findings(rows),
             "rows": rows,
         }
@@ -169,7 +175,7 @@ class Study:
             "paper": self.claim.paper,
             "protocol": self.protocol.name,
             "status": "complete" if complete else "partial",
-            "dataset": self.dataset,
+            "dataset": self.data_name,
             **made_by,
         }
 
@@ -185,7 +191,7 @@ class Study:
             raise InputError(
                 f"--out {self.out}: results.json there is of something else; choose another --out"
             ) from error
-        wanted = {"claim": self.claim.name, "protocol": self.protocol.name, "dataset": self.dataset}
+        wanted = {"claim": self.claim.name, "protocol": self.protocol.name, "dataset": self.data_name}
         for key, value in wanted.items():
             if found[key] != value:
                 raise InputError(
