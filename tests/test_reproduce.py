@@ -317,7 +317,6 @@ def test_speed_rows_say_seconds_an_epoch(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "normprop.recipes.speed.Case", lambda model, width, *rest, **kw: Case("cnn", 0.1, *rest, **kw)
     )
-    monkeypatch.setattr("normprop.recipes.speed.PRECISIONS", ("fp32",))
     result = reproduce("speed", protocol="tiny", device="cpu", out=tmp_path)
     assert [row["label"] for row in result["rows"]] == [
         "none",

@@ -87,6 +87,7 @@ def _curve(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
     margins = [100 * _interval(values) for values in epochs]
     name = f"{label} ({remark})" if remark else label
     (line,) = axis.plot(at, means, label=name, linewidth=2, **style)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     low, high = ([m + sign * e for m, e in zip(means, margins, strict=True)] for sign in (-1, 1))
     axis.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     if len(epochs) == 1:
@@ -158,6 +159,8 @@ def hidden_mean(result: Row, path: Path) -> None:
             if last:
                 axes[1, column].set_title(f"average at the end {statistics.mean(last):.2f}", fontsize=9)
             axes[1, column].set_xlabel("epoch")
+            for axis in axes[:, column]:
+                axis.xaxis.get_major_locator().set_params(integer=True)
         bounds = [axis.get_ylim() for axis in axes[0]]
         limit = min(4.0, max(abs(end) for pair in bounds for end in pair))
         for axis in axes[0]:
@@ -411,9 +414,7 @@ def jacobian(result: Row, path: Path) -> None:
                     (line,) = middle.plot(at, row[quantity], style, color=shades[label], alpha=0.8)
                 line.set_label(f"{quantity}, {label}")
         middle.axvline(9, color="black", linewidth=0.8, linestyle=":")
-        middle.annotate(
-            "9: the paper's depth ", (9, 1e-1), rotation=90, ha="right", va="bottom", fontsize=7
-        )
+        middle.annotate(" 9 layers: the paper's depth", (9, 0.1), fontsize=8)
         middle.set_ylim(bottom=0.08)
         middle.set_yscale("log")
         middle.set_xlabel("layer")
