@@ -5,6 +5,7 @@ Read in this order:
     gaussian      E, Var and E[phi'^2] of a function of a Gaussian
     signal        the distribution of a map, carried by formula
     activations   the table of activations; ``moments`` of any of them
+    rows          weight rows scaled to given lengths, many layers at once
     functional    ``NormRule`` and the layer maths, stateless
     modules       the layers
     merges        what stands between layers
@@ -58,6 +59,7 @@ from normprop.modules import (
     NormPropConvTranspose2d as NormPropConvTranspose2d,
     NormPropConvTranspose3d as NormPropConvTranspose3d,
     NormPropLinear as NormPropLinear,
+    scale_together as scale_together,
 )
 from normprop.projection import (
     attach_projection as attach_projection,

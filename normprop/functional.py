@@ -9,9 +9,8 @@ costs (docs/method.md, section 4).
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -21,6 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from normprop import activations
+from normprop.rows import (
+    Geometry,
+    Recipe,
+    _Positional,
+    call,
+    fan_in_dims as fan_in_dims,
+    project_ as project_,
+    row_view as row_view,
+    scale_rows,
+    scaled_weight as scaled_weight,
+)
 
 Number = float | Tensor
 
@@ -69,164 +79,6 @@ class NormRule:
 
 PAPER = NormRule()
 RECOMMENDED = NormRule(centered=True, gain=1.0)
-
-
-def row_view(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
-    """``weight`` with the output units on dims 0 and 2 if transposed, on dim 0 if not.
-
-    ``nn.ConvTranspose`` stores (in, out/groups, kernel): seen as (groups, in/groups, out/groups,
-    kernel), what feeds one output unit are dims 1, 3, 4, ...; else they are dims 1, 2, ...
-    """
-    return weight.unflatten(0, (groups, -1)) if transposed else weight
-
-
-def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
-    """The dims of a :func:`row_view` that feed one output unit."""
-    return (1, *range(3, view.ndim)) if transposed else tuple(range(1, view.ndim))
-
-
-def _center(rows: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor | float]:
-    """Rows without their mean, and the length below which they are only what rounding left."""
-    mean = rows.mean(dims, keepdim=True)
-    return rows - mean, _rounding(rows, mean)
-
-
-def _rounding(rows: Tensor, mean: Tensor) -> Tensor:
-    """The length that rounding may leave of constant rows from which their mean is subtracted."""
-    fan_in = rows.numel() // max(1, mean.numel())
-    return mean.detach().abs() * (16 * torch.finfo(rows.dtype).eps * math.sqrt(fan_in))
-
-
-def _inverse(norm: Tensor) -> Tensor:
-    """``1 / norm``, but NaN where a length overflowed: a row must not vanish without a word."""
-    return norm / norm.square()
-
-
-def _lengths(rows: Tensor, dims: tuple[int, ...], negligible: Tensor | float) -> Tensor:
-    norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
-    return torch.where(norm > negligible, norm, 1.0)
-
-
-class _Positional(inspect.Signature):
-    """``bind`` for calls with all arguments in their place.
-
-    ``autograd.Function.apply`` reads and binds forward's signature at every call, which takes longer
-    than the work on a small layer.
-    """
-
-    def bind(self, *args: Any, **_: Any) -> Any:
-        return _Bound(args)
-
-
-class _Bound(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}  # noqa: RUF012 - never filled
-
-    def apply_defaults(self) -> None:
-        pass
-
-
-class _ScaleRows(torch.autograd.Function):
-    """Rows scaled to lengths ``gain * factor``: one node in the graph, where its parts would be a dozen."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        rows: Tensor, gain: Tensor, factor: float, dims: tuple[int, ...], centered: bool
-    ) -> tuple[Tensor, Tensor]:
-        rows, negligible = _center(rows, dims) if centered else (rows, 0.0)
-        norm = _lengths(rows, dims, negligible)
-        return rows * (gain.view(norm.shape) * factor * _inverse(norm)), norm
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        rows, gain, ctx.factor, ctx.dims, ctx.centered = inputs
-        ctx.save_for_backward(rows, gain, output[1])
-        ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        r"""With w the (centred) row, n its length, l the wanted one:
-        :math:`dl = g \cdot w / n`, :math:`dw = (l/n) (g - w\,(g \cdot w)/n^2)`, centred again.
-        """
-        rows, gain, norm = ctx.saved_tensors
-        dims = ctx.dims
-        negligible: Tensor | float = 0.0
-        if ctx.centered:
-            rows, negligible = _center(rows, dims)
-        if torch.is_grad_enabled():  # a second derivative is wanted: the saved norm has no graph
-            norm = _lengths(rows, dims, negligible)
-        inverse = ctx.factor * _inverse(norm)
-        radial = (grad * rows).sum(dims, keepdim=True) * inverse
-        scale = gain.view(norm.shape) * inverse
-        pull = gain.view(norm.shape) * radial / norm.square()
-        grad_rows = torch.addcmul(grad * scale, rows, pull, value=-1.0)
-        if ctx.centered:
-            grad_rows = grad_rows - grad_rows.mean(dims, keepdim=True)
-        return grad_rows, radial.view(gain.shape), None, None, None
-
-
-def scaled_weight(
-    weight: Tensor,
-    gain: Tensor,
-    factor: float = 1.0,
-    centered: bool = False,
-    transposed: bool = False,
-    groups: int = 1,
-) -> Tensor:
-    r"""``weight`` with row i scaled to length ``gain[i] * factor``.
-
-    .. math:: \ell_i\, W_i/\lVert W_i\rVert_2, \qquad
-        \text{centred: } \ell_i\, (W_i - \bar W_i)/\lVert W_i - \bar W_i\rVert_2
-
-    Source: Arpit et al. (ICML 2016), the denominators of eqs. 9 and 11. The division is done in at
-    least float32. A zero row (a constant one, if centred) counts as length 1: it stays zero, and its
-    gradient is that of a plain weight.
-
-    Args:
-        weight: Shape ``(out, in/groups, *kernel)``; transposed: ``(in, out/groups, *kernel)``.
-        gain: Shape ``(out,)``; the sign is kept.
-        factor: On every length.
-        centered: Remove each row's mean first.
-        transposed: Whether the weight is stored as ``nn.ConvTranspose`` stores it.
-        groups: Groups of the convolution.
-
-    Returns:
-        Same shape and dtype as ``weight``.
-
-    Example:
-        >>> scaled_weight(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([1.0, 1.0]))
-        tensor([[0.6000, 0.8000],
-                [0.0000, 0.0000]])
-    """
-    rows = row_view(weight, transposed, groups)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    dims = fan_in_dims(rows, transposed)
-    scaled, _ = _ScaleRows.apply(rows, gain.to(rows.dtype), factor, dims, centered)
-    return (scaled.flatten(0, 1) if transposed else scaled).to(weight.dtype)
-
-
-@torch.no_grad()
-def project_(weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1) -> None:
-    """Scale the rows to length 1, in place; zero rows (constant ones, if centred) become 0.
-
-    Arguments as :func:`scaled_weight`.
-    """
-    rows = row_view(weight, transposed, groups)
-    if rows.dtype in (torch.float16, torch.bfloat16):
-        wide = rows.float()
-        project_(wide.flatten(0, 1) if transposed else wide, centered, transposed, groups)
-        rows.copy_(wide)
-        return
-    dims = fan_in_dims(rows, transposed)
-    negligible: Tensor | float = 0.0
-    if centered:
-        mean = rows.mean(dims, keepdim=True)
-        negligible = _rounding(rows, mean)
-        rows.sub_(mean)
-    norm = torch.linalg.vector_norm(rows, dim=dims, keepdim=True)
-    rows.mul_(torch.where(norm > negligible, _inverse(norm), 0.0 if centered else 1.0))
 
 
 def constants(
@@ -324,8 +176,7 @@ class _Rectify(torch.autograd.Function):
         return grad_y, (grad - grad_y).sum_to_size(threshold.shape), None
 
 
-for _function in (_ScaleRows, _Rectify):
-    _function.forward.__signature__ = _Positional()  # type: ignore
+_Rectify.forward.__signature__ = _Positional()  # type: ignore
 
 
 def rectify(y: Tensor, threshold: Number, slope: float = 0.0) -> Tensor:
@@ -342,7 +193,7 @@ def rectify(y: Tensor, threshold: Number, slope: float = 0.0) -> Tensor:
         Shape of ``y``.
     """
     threshold = threshold.to(y.dtype) if isinstance(threshold, Tensor) else _rounded(threshold, y.dtype)
-    return _Rectify.apply(y, threshold, slope)
+    return call(_Rectify, y, threshold, slope)
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:
@@ -386,22 +237,56 @@ def plainly() -> Iterator[None]:
         _plain = before
 
 
-def definition(
-    linear: Callable[[Tensor, Tensor | None], Tensor],
-    weight: Tensor,
-    gain: Tensor,
-    bias: Tensor | None,
-    activation: nn.Module | None,
-    rule: NormRule,
-    standard: tuple[float, float] | None,
-    dim: int,
-    transposed: bool = False,
-    groups: int = 1,
-    stretch: float = 1.0,
-) -> Tensor:
+class Parameters(NamedTuple):
+    """What a layer has besides its input.
+
+    Attributes:
+        weight: As the torch parent stores it.
+        gain: Shape ``(out,)``.
+        bias: Shape ``(out,)`` or None.
+        activation: Module that computes phi; None for the linear output
+            ``gain * (W x)/||W_row|| + bias``.
+        rule: Centring and constants.
+        standard: See :func:`constants`.
+        geometry: Whether the weight is stored transposed, and its groups.
+        stretch: Factor on ``W x``: sqrt(prod(stride)) for transposed convolutions.
+    """
+
+    weight: Tensor
+    gain: Tensor
+    bias: Tensor | None
+    activation: nn.Module | None
+    rule: NormRule
+    standard: tuple[float, float] | None
+    geometry: Geometry = (False, 1)
+    stretch: float = 1.0
+
+
+class Ready(NamedTuple):
+    """A layer's linear map with all that depends on parameters alone in it, and what is left to do.
+
+    Attributes:
+        weight: Scaled, with the constants in it if there is a slope.
+        bias: Likewise.
+        slope: Of an activation that is linear on both sides of 0; None if it is another.
+        low: With a slope: where the output has its kink.
+        mean: Without a slope: what is subtracted after the activation.
+        std: Without a slope: what it is divided by.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    slope: float | None
+    low: Number
+    mean: Number
+    std: Number
+
+
+def definition(linear: Callable[[Tensor, Tensor | None], Tensor], layer: Parameters, dim: int) -> Tensor:
     """:func:`propagate`, written as the formula reads: slow, and obvious."""
-    rows = row_view(weight, transposed, groups)
-    dims = fan_in_dims(rows, transposed)
+    weight, gain, bias, activation, rule, standard, geometry, stretch = layer
+    rows = row_view(weight, *geometry)
+    dims = fan_in_dims(rows, geometry[0])
     if rule.centered:
         rows = rows - rows.mean(dims, keepdim=True)
     square = rows.square().sum(dims, keepdim=True)
@@ -420,62 +305,81 @@ def definition(
     return (activation(z) - mean) / std
 
 
-def propagate(
-    linear: Callable[[Tensor, Tensor | None], Tensor],
-    weight: Tensor,
-    gain: Tensor,
-    bias: Tensor | None,
-    activation: nn.Module | None,
-    rule: NormRule,
-    standard: tuple[float, float] | None,
-    dim: int,
-    transposed: bool = False,
-    groups: int = 1,
-    stretch: float = 1.0,
-) -> Tensor:
-    r"""One NormProp layer: ``o = (phi(gain * (W x)/||W_row|| + bias) - mean) / std``.
+def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
+    r"""The linear maps of any number of layers, in a number of operations that hardly grows with it.
 
-    For ReLU and LeakyReLU the constants go into the linear map: with
-    :math:`y = (z - \text{mean})/\text{std}`,
+    For ReLU and LeakyReLU the constants go into the map: with :math:`y = (z - \text{mean})/\text{std}`,
     :math:`o = \max(y,\; a y + (a-1)\,\text{mean}/\text{std})` (docs/method.md, section 4).
 
     Args:
+        layers: On any devices, of any kinds.
+
+    Returns:
+        One for each layer.
+    """
+    ready: list[Ready] = []
+    together: dict[Any, list[int]] = {}
+    gains: list[Tensor] = []
+    biases: dict[int, Tensor] = {}  # those that are moved with the others'
+    for layer in layers:
+        mean, std = constants(layer.activation, layer.rule, layer.gain, layer.bias, layer.standard)
+        slope = None if layer.activation is None else activations.negative_slope(layer.activation)
+        gain, bias = layer.gain, layer.bias
+        low: Number = 0.0
+        recipe = Recipe(layer.stretch, layer.rule.centered)
+        joins = False
+        if slope is not None and isinstance(mean, float) and isinstance(std, float):
+            low = -mean / std
+            if bias is not None:
+                biases[len(ready)], joins = bias, True
+            recipe = Recipe(layer.stretch / std, layer.rule.centered, low, 1 / std)
+            if bias is None and low != 0.0:
+                bias = gain.new_full(gain.shape, low)
+        elif slope is not None:
+            shift = low = torch.as_tensor(-mean / std)
+            gain = gain / std
+            bias = (shift if bias is None else bias / std + shift).to(layer.weight.dtype)
+        key: tuple[Any, ...] = (recipe, joins)
+        if len(layers) > 1:
+            tensors = [t for t in (layer.weight, gain, biases.get(len(ready))) if t is not None]
+            key = (*key, *((t.device, t.dtype, t.requires_grad) for t in tensors))
+        together.setdefault(key, []).append(len(ready))
+        ready.append(Ready(layer.weight, bias, slope, low, mean, std))
+        gains.append(gain)
+    for (recipe, joins, *_), members in together.items():
+        scaled = scale_rows(
+            recipe,
+            tuple(layers[i].geometry for i in members),
+            [ready[i].weight for i in members],
+            [gains[i] for i in members],
+            [biases[i] for i in members] if joins else (),
+        )
+        for i, (weight, moved) in zip(members, scaled, strict=True):
+            ready[i] = ready[i]._replace(weight=weight, bias=moved if joins else ready[i].bias)
+    return ready
+
+
+def propagate(
+    linear: Callable[[Tensor, Tensor | None], Tensor],
+    layer: Parameters,
+    dim: int,
+    ready: Ready | None = None,
+) -> Tensor:
+    """One NormProp layer: ``o = (phi(gain * (W x)/||W_row|| + bias) - mean) / std``.
+
+    Args:
         linear: From (weight, bias) to the layer's linear map of its input.
-        weight: As the torch parent stores it.
-        gain: Shape ``(out,)``.
-        bias: Shape ``(out,)`` or None.
-        activation: Module that computes phi; None for the linear output
-            ``gain * (W x)/||W_row|| + bias``.
-        rule: Centring and constants.
-        standard: See :func:`constants`.
+        layer: Its parameters.
         dim: Channel dimension of the output, counted from the end: -1 for linear, -3 for conv2d.
-        transposed: See :func:`scaled_weight`.
-        groups: See :func:`scaled_weight`.
-        stretch: Factor on ``W x``: sqrt(prod(stride)) for transposed convolutions.
+        ready: What :func:`make_ready` made of them, if it has.
 
     Returns:
         What ``linear`` returns, normalised.
     """
     if _plain:
-        return definition(
-            linear, weight, gain, bias, activation, rule, standard, dim, transposed, groups, stretch
-        )
-    mean, std = constants(activation, rule, gain, bias, standard)
-    slope = None if activation is None else activations.negative_slope(activation)
-    if activation is None or slope is None:
-        z = linear(scaled_weight(weight, gain, stretch, rule.centered, transposed, groups), bias)
-        return z if activation is None else normalize_activation(z, activation, mean, std, dim)
-
-    if isinstance(mean, Tensor) or isinstance(std, Tensor):
-        shift = torch.as_tensor(-mean / std)
-        scaled = scaled_weight(weight, gain / std, stretch, rule.centered, transposed, groups)
-        offset = shift if bias is None else bias / std + shift
-        y = linear(scaled, offset.to(weight.dtype))
-        return rectify(y, along(shift, y, dim), slope)
-    scaled = scaled_weight(weight, gain, stretch / std, rule.centered, transposed, groups)
-    low = -mean / std
-    if bias is not None:
-        bias = torch.rsub(bias, low, alpha=-1 / std)  # low + bias / std, in one operation
-    elif low != 0.0:
-        bias = gain.new_full(gain.shape, low)
-    return rectify(linear(scaled, bias), low, slope)
+        return definition(linear, layer, dim)
+    weight, bias, slope, low, mean, std = ready or make_ready((layer,))[0]
+    y = linear(weight, bias)
+    if slope is not None:
+        return rectify(y, along(low, y, dim) if isinstance(low, Tensor) else low, slope)
+    return y if layer.activation is None else normalize_activation(y, layer.activation, mean, std, dim)

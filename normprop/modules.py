@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
 
 from normprop import activations, functional
 from normprop.functional import PAPER, NormRule
@@ -91,20 +93,22 @@ class _NormProp(nn.Module):
         """Put the weight rows back on the unit sphere, in place; the layer's function stays."""
         functional.project_(self.weight, self.rule.centered, self.transposed, self.groups)
 
-    def _propagate(self, linear: Any) -> Tensor:
-        return functional.propagate(
-            linear,
+    def _parameters_now(self) -> functional.Parameters:
+        geometry = (self.transposed, self.groups)
+        return functional.Parameters(
             self.weight,
             self.gain,
             self.bias,
             self.activation,
             self.rule,
             self.standard,
-            self._channel_dim,
-            self.transposed,
-            self.groups,
+            geometry,
             self.stretch,
         )
+
+    def _propagate(self, linear: Any) -> Tensor:
+        layer = self._parameters_now()
+        return functional.propagate(linear, layer, self._channel_dim, _shared(self, layer))
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -142,6 +146,115 @@ class _NormProp(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+class _Share(NamedTuple):
+    """What one forward of a model has made ready for its layers, and the state it was made in."""
+
+    model: nn.Module
+    grad: bool
+    hooks: Any
+    layers: dict[int, tuple[functional.Parameters, tuple[int, ...], functional.Ready]]
+
+
+class _Shares(threading.local):
+    """The forwards under way in this thread, innermost last."""
+
+    def __init__(self) -> None:
+        self.open: list[_Share] = []
+
+
+_shares = _Shares()
+
+
+def _versions(layer: functional.Parameters) -> tuple[int, ...]:
+    return tuple(t._version for t in layer[:3] if t is not None)
+
+
+def _saving_hooks() -> Any:
+    """What the tensors that autograd saves pass through now: checkpointing, offloading."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _shared(module: _NormProp, layer: functional.Parameters) -> functional.Ready | None:
+    """What :func:`scale_together` has made ready for this layer, if it is what the layer would make."""
+    if torch.compiler.is_compiling() or not _shares.open:
+        return None
+    share = _shares.open[-1]
+    found = share.layers.get(id(module))
+    if found is None:
+        return None
+    made, versions, ready = found
+    same = all(a is b for a, b in zip(made[:4], layer[:4], strict=True)) and made[4:] == layer[4:]
+    # What a checkpoint recomputes has no share: its layers must save the same tensors both times.
+    apart = (torch.is_grad_enabled() and not share.grad) or _saving_hooks() != share.hooks
+    return ready if same and not apart and versions == _versions(layer) else None
+
+
+def _open_share(model: nn.Module, _: Any) -> None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or functional._plain:
+        return
+    modules: list[_NormProp] = []
+    places = [model]
+    while places:
+        place = places.pop()
+        if isinstance(place, _NormProp):
+            modules.append(place)
+        # What hooks its own forward may change its parameters there.
+        places += [m for m in place._modules.values() if m is not None and not m._forward_pre_hooks]
+    layers = [module._parameters_now() for module in modules]
+    _shares.open.append(
+        _Share(
+            model,
+            torch.is_grad_enabled(),
+            _saving_hooks(),
+            {
+                id(module): (layer, _versions(layer), ready)
+                for module, layer, ready in zip(modules, layers, functional.make_ready(layers), strict=True)
+            },
+        )
+    )
+
+
+def _close_share(model: nn.Module, _: Any, __: Any) -> None:
+    for index, share in enumerate(_shares.open):
+        if share.model is model:
+            del _shares.open[index:]
+            return
+
+
+class _Handle(NamedTuple):
+    handles: tuple[RemovableHandle, ...]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def scale_together(model: nn.Module) -> _Handle:
+    """From now on each forward of ``model`` scales the weights of all its NormProp layers at once.
+
+    The same outputs and gradients, with fewer and larger operations: worth it where the maps are
+    small or the GPU waits for Python. Nothing is kept between forwards. A layer that is called alone, in a compiled
+    graph, in a checkpointed part, or whose parameters were replaced or changed since the forward began,
+    scales its own.
+
+    Args:
+        model: What is called: hooks are registered on it.
+
+    Returns:
+        A handle; ``handle.remove()`` ends it.
+
+    Example:
+        >>> model = nn.Sequential(NormPropLinear(3, 2), NormPropLinear(2, 2))
+        >>> handle = scale_together(model)
+    """
+    return _Handle(
+        (
+            model.register_forward_pre_hook(_open_share),
+            model.register_forward_hook(_close_share, always_call=True),
+        )
+    )
 
 
 def parent_arguments(layer: Any) -> dict[str, Any]:

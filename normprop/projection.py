@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from normprop.modules import NormalizedActivation, _NormProp
+from normprop.rows import Geometry, project_rows_
 
 
 def project_(model: nn.Module) -> None:
@@ -22,9 +23,15 @@ def project_(model: nn.Module) -> None:
     Args:
         model: Any module; layers of other kinds are left alone.
     """
+    together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
     for module in model.modules():
         if isinstance(module, _NormProp):
-            module.project_()
+            weight, geometry = module.weight, (module.transposed, module.groups)
+            key = (module.rule.centered, weight.device, weight.dtype)
+            together.setdefault(key, {})[id(weight)] = weight, geometry  # a shared weight once
+    for (centered, *_), rows in together.items():
+        weights, geometries = zip(*rows.values(), strict=True)
+        project_rows_(weights, geometries, centered)
 
 
 def attach_projection(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:

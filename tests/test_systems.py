@@ -105,6 +105,18 @@ def test_compiles_as_one_graph(kind, act, rule):
     assert_same(layer, torch.compile(layer, fullgraph=True, backend="aot_eager"), x)
 
 
+@kinds
+def test_compiles_without_gradients(kind):
+    torch.compiler.reset()
+    for act in ("relu", torch.nn.LeakyReLU(0.2)):
+        layer, x = build(kind, act, "affine"), some_input(kind)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), layer(x))
+        layer.requires_grad_(False)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "act", "rule"),
     [("conv2d", "relu", "affine"), ("linear", "prelu", "paper")],

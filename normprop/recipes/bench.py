@@ -92,6 +92,7 @@ class _Contender:
         self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
         if norm == "normprop":
             normprop.attach_projection(self.optimizer, net)
+            normprop.scale_together(net)
         self.run: nn.Module | Any = torch.compile(self.net) if case.compiled else self.net
 
     def loss(self, x: Tensor, y: Tensor, precision: str | None = None) -> tuple[Tensor, Tensor]:

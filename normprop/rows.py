@@ -1,0 +1,354 @@
+r"""Rows of weights scaled to given lengths, and biases with them: any number of layers in one node.
+
+.. math:: v_i = \ell_i\, W_i/\lVert W_i\rVert_2, \qquad
+    \text{centred: } v_i = \ell_i\, (W_i - \bar W_i)/\lVert W_i - \bar W_i\rVert_2
+
+What has one number a row (lengths, gains, biases) is joined to one vector for all layers, so that a
+model pays for it once; what has a weight's size is done in as few passes as the formula allows
+(docs/method.md, section 4).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Geometry = tuple[bool, int]  # whether stored transposed, groups
+
+
+def row_view(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
+    """``weight`` with the output units on dims 0 and 2 if transposed, on dim 0 if not.
+
+    ``nn.ConvTranspose`` stores (in, out/groups, kernel): seen as (groups, in/groups, out/groups,
+    kernel), what feeds one output unit are dims 1, 3, 4, ...; else they are dims 1, 2, ...
+    """
+    return weight.unflatten(0, (groups, -1)) if transposed else weight
+
+
+def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
+    """The dims of a :func:`row_view` that feed one output unit."""
+    return (1, *range(3, view.ndim)) if transposed else tuple(range(1, view.ndim))
+
+
+class _Rows(NamedTuple):
+    """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie."""
+
+    values: Tensor
+    dims: tuple[int, ...]
+    fan_in: int
+    shape: tuple[int, ...]
+
+
+def _rows(weight: Tensor, geometry: Geometry) -> _Rows:
+    view = row_view(weight, *geometry)
+    if view.dtype in (torch.float16, torch.bfloat16):
+        view = view.float()
+    if geometry[0]:
+        groups, per_group, units = view.shape[:3]
+        fan_in = per_group * math.prod(view.shape[3:])
+        return _Rows(view, fan_in_dims(view, True), fan_in, (groups, 1, units, *[1] * (view.ndim - 3)))
+    shape = view.shape
+    return _Rows(view, tuple(range(1, len(shape))), math.prod(shape[1:]), (-1, *[1] * (len(shape) - 1)))
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Older compilers lose the gradient of an output that ``to`` returned as it was."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _join(vectors: Sequence[Tensor]) -> Tensor:
+    """One vector of them all."""
+    flat = [v if v.ndim == 1 else v.flatten() for v in vectors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _split(vector: Tensor, rows: Sequence[_Rows], gains: Sequence[Tensor]) -> list[Tensor]:
+    """Each layer's part of a joined vector, shaped to lie along its rows."""
+    parts = [vector] if len(rows) == 1 else vector.split([len(gain) for gain in gains])
+    return [part.view(r.shape) for part, r in zip(parts, rows, strict=True)]
+
+
+def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
+    """Rows without their means, and the means."""
+    means = [r.values.mean(r.dims, keepdim=True) for r in rows]
+    return [r._replace(values=r.values - m) for r, m in zip(rows, means, strict=True)], means
+
+
+def _norms(rows: Sequence[_Rows]) -> Tensor:
+    return _join([torch.linalg.vector_norm(r.values, dim=r.dims) for r in rows])
+
+
+def _negligible(rows: Sequence[_Rows], means: Sequence[Tensor]) -> Tensor:
+    """The length that rounding may leave of constant rows from which their mean is subtracted."""
+    eps = 16 * torch.finfo(means[0].dtype).eps
+    bounds = [m.detach() * (eps * math.sqrt(r.fan_in)) for r, m in zip(rows, means, strict=True)]
+    return _join(bounds).abs()
+
+
+def _lengths(rows: Sequence[_Rows], means: Sequence[Tensor]) -> Tensor:
+    """Lengths of all rows; 1 for those without direction."""
+    norms = _norms(rows)
+    if not means:
+        return torch.threshold(norms, 0.0, 1.0)
+    return torch.where(norms > _negligible(rows, means), norms, 1.0)
+
+
+class _Positional(inspect.Signature):
+    """``bind`` for calls with all arguments in their place.
+
+    ``autograd.Function.apply`` reads and binds forward's signature at every call, which takes longer
+    than the work on a small layer.
+    """
+
+    def bind(self, *args: Any, **_: Any) -> Any:
+        return _Bound(args)
+
+
+class _Bound(NamedTuple):
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = {}  # noqa: RUF012 - never filled
+
+    def apply_defaults(self) -> None:
+        pass
+
+
+def call(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, or its forward alone where nothing asks for a gradient or all is traced.
+
+    The compiler takes no ``apply`` of :class:`_Positional` arguments without a gradient.
+    """
+    wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+        return function.apply(*args) if wanted else function.forward(*args)  # type: ignore[no-untyped-call]
+    return function.forward(*args)
+
+
+class Recipe(NamedTuple):
+    """What layers must have in common to be scaled together.
+
+    Attributes:
+        factor: On every length.
+        centered: Remove each row's mean first.
+        low: What is added to the biases.
+        tilt: What they are multiplied by before.
+    """
+
+    factor: float = 1.0
+    centered: bool = False
+    low: float = 0.0
+    tilt: float = 1.0
+
+
+class _Scale(torch.autograd.Function):
+    """n weights, n gains and n or 0 biases to n scaled weights, n or 0 biases, and what backward needs.
+
+    One node in the graph, where its parts would be a dozen a layer.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(recipe: Recipe, geometries: tuple[Geometry, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        n = len(geometries)
+        weights, gains, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
+        means: list[Tensor] = []
+        if recipe.centered:
+            rows, means = _center(rows)
+        lengths = _lengths(rows, means)
+        gain = _as(_join(gains), lengths.dtype)
+        # lengths - lengths is 0, or NaN where a length overflowed: a row must not vanish without a word.
+        scale = torch.addcdiv(lengths - lengths, gain, lengths, value=recipe.factor)
+        scaled = [r.values * s for r, s in zip(rows, _split(scale, rows, gains), strict=True)]
+        scaled = [
+            _as(v.flatten(0, 1) if g[0] else v, w.dtype)
+            for v, g, w in zip(scaled, geometries, weights, strict=True)
+        ]
+        moved: Sequence[Tensor] = ()
+        if biases:
+            bias = torch.rsub(_join(biases), recipe.low, alpha=-recipe.tilt)  # low + tilt * bias
+            moved = [bias] if n == 1 else bias.split([len(b) for b in biases])
+        return (*scaled, *moved, lengths, *means)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recipe, ctx.geometries, *tensors = inputs
+        n = len(ctx.geometries)
+        ctx.set_materialize_grads(False)
+        rest = output[len(tensors) - n :]
+        ctx.save_for_backward(*tensors[: 2 * n], *rest)
+        ctx.mark_non_differentiable(*rest)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        r"""With w the (centred) row, n its length, l the wanted one:
+        :math:`dl = g \cdot w / n`, :math:`dw = (l/n) (g - w\,(g \cdot w)/n^2)`, centred again.
+
+        Neither g nor w is centred by a pass of its own: with means G and S over the f elements,
+        :math:`g \cdot w = g \cdot W - GS/f`, and dw gets one number a row more.
+        """
+        recipe, n, saved = ctx.recipe, len(ctx.geometries), ctx.saved_tensors
+        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        here = [i for i in range(n) if grads[i] is not None]
+        if here:
+            rows = [_rows(saved[i], ctx.geometries[i]) for i in here]
+            gains = [saved[n + i] for i in here]
+            lengths = saved[2 * n]
+            means = [saved[2 * n + 1 + i] for i in here] if recipe.centered else []
+            if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
+                directions, means = _center(rows) if recipe.centered else (rows, [])
+                lengths = _lengths(directions, means)
+            elif len(here) < n:
+                parts = lengths.split([len(gain) for gain in saved[n : 2 * n]])
+                lengths = _join([parts[i] for i in here])
+            gs = [_rows(grads[i], ctx.geometries[i]).values for i in here]  # type: ignore[arg-type]
+            found = _pull_back(recipe, rows, gains, lengths, means, gs)
+            for i, dw, dg in zip(here, *found, strict=True):
+                dw = dw.flatten(0, 1) if ctx.geometries[i][0] else dw
+                result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
+        moved = [i for i in range(2 + 2 * n, len(result)) if grads[i - 2 - n] is not None]
+        if moved:
+            parts = [grads[i - 2 - n] for i in moved]
+            tilted = _join(parts) * recipe.tilt
+            for i, db in zip(moved, tilted.split([len(p) for p in parts]), strict=True):
+                result[i] = db
+        return tuple(result)
+
+
+def _pull_back(
+    recipe: Recipe,
+    rows: Sequence[_Rows],
+    gains: Sequence[Tensor],
+    lengths: Tensor,
+    means: Sequence[Tensor],
+    grads: Sequence[Tensor],
+) -> tuple[list[Tensor], Sequence[Tensor]]:
+    """Gradients of weights (as rows) and gains, see ``_Scale.backward``."""
+    dots = [(g * r.values).sum(r.dims, keepdim=recipe.centered) for g, r in zip(grads, rows, strict=True)]
+    if recipe.centered:
+        levels = [g.mean(r.dims, keepdim=True) for g, r in zip(grads, rows, strict=True)]
+        dots = [
+            torch.addcmul(dot, level, m, value=-r.fan_in)
+            for dot, level, m, r in zip(dots, levels, means, rows, strict=True)
+        ]
+    gain = _as(_join(gains), lengths.dtype)
+    scale = torch.addcdiv(lengths - lengths, gain, lengths, value=recipe.factor)
+    radial = _join(dots) / lengths
+    pull = radial * scale / lengths
+    result = [
+        torch.addcmul(g * s, r.values, p, value=-1.0)
+        for g, r, s, p in zip(
+            grads, rows, _split(scale, rows, gains), _split(pull, rows, gains), strict=True
+        )
+    ]
+    if recipe.centered:
+        shift = _split(pull * _join(means) - scale * _join(levels), rows, gains)
+        result = [dw.add_(s) for dw, s in zip(result, shift, strict=True)]
+    radial = radial * recipe.factor
+    return result, [radial] if len(rows) == 1 else radial.split([len(gain) for gain in gains])
+
+
+_Scale.forward.__signature__ = _Positional()  # type: ignore
+
+
+def scale_rows(
+    recipe: Recipe,
+    geometries: tuple[Geometry, ...],
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Several layers' weights and biases at once.
+
+    Args:
+        recipe: What they share.
+        geometries: Of each weight whether it is stored transposed, and its groups.
+        weights: See :func:`scaled_weight`; of one dtype, on one device.
+        gains: Of one dtype.
+        biases: As many as weights, or none.
+
+    Returns:
+        Of each layer the weight with row i scaled to length ``gain[i] * factor``, and
+        ``low + tilt * bias``, or None without biases.
+    """
+    n = len(geometries)
+    result = call(_Scale, recipe, geometries, *weights, *gains, *biases)
+    return list(zip(result[:n], result[n : 2 * n] if biases else [None] * n, strict=True))
+
+
+def scaled_weight(
+    weight: Tensor,
+    gain: Tensor,
+    factor: float = 1.0,
+    centered: bool = False,
+    transposed: bool = False,
+    groups: int = 1,
+) -> Tensor:
+    r"""``weight`` with row i scaled to length ``gain[i] * factor``.
+
+    .. math:: \ell_i\, W_i/\lVert W_i\rVert_2, \qquad
+        \text{centred: } \ell_i\, (W_i - \bar W_i)/\lVert W_i - \bar W_i\rVert_2
+
+    Source: Arpit et al. (ICML 2016), the denominators of eqs. 9 and 11. The division is done in at
+    least float32. A zero row (a constant one, if centred) counts as length 1: it stays zero, and its
+    gradient is that of a plain weight.
+
+    Args:
+        weight: Shape ``(out, in/groups, *kernel)``; transposed: ``(in, out/groups, *kernel)``.
+        gain: Shape ``(out,)``; the sign is kept.
+        factor: On every length.
+        centered: Remove each row's mean first.
+        transposed: Whether the weight is stored as ``nn.ConvTranspose`` stores it.
+        groups: Groups of the convolution.
+
+    Returns:
+        Same shape and dtype as ``weight``.
+
+    Example:
+        >>> scaled_weight(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([1.0, 1.0]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    ((scaled, _),) = scale_rows(Recipe(factor, centered), ((transposed, groups),), [weight], [gain])
+    return scaled
+
+
+@torch.no_grad()
+def project_rows_(
+    weights: Sequence[Tensor], geometries: Sequence[Geometry], centered: bool = False
+) -> None:
+    """Scale the rows of all weights to length 1, in place; zero rows (constant ones, if centred) become 0.
+
+    Args:
+        weights: See :func:`scaled_weight`; of one dtype, on one device.
+        geometries: Of each weight whether it is stored transposed, and its groups.
+        centered: Remove each row's mean first.
+    """
+    rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
+    means: list[Tensor] = []
+    if centered:
+        rows, means = _center(rows)
+    norms = _norms(rows)
+    # norms / norms.square() is 1 / norms, but NaN where a length overflowed.
+    inverse = torch.where(
+        norms > (_negligible(rows, means) if centered else 0.0),
+        norms / norms.square(),
+        0.0 if centered else 1.0,
+    )
+    sizes = [r.values.numel() // max(1, r.fan_in) for r in rows]
+    for w, g, r, part in zip(weights, geometries, rows, inverse.split(sizes), strict=True):
+        view = row_view(w, *g)
+        if view.dtype == r.values.dtype:
+            torch.mul(r.values, part.view(r.shape), out=view)
+        else:
+            view.copy_(r.values * part.view(r.shape))
+
+
+def project_(weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1) -> None:
+    """One weight's rows to length 1, see :func:`project_rows_`; arguments as :func:`scaled_weight`."""
+    project_rows_([weight], [(transposed, groups)], centered)
