@@ -325,7 +325,8 @@ def test_speed_rows_say_seconds_an_epoch(tmp_path, monkeypatch):
         "normprop, recommended",
     ]
     for row in result["rows"]:
-        assert row["seconds_per_epoch"] == pytest.approx(row["ms"]["step"])  # 1,000 steps
+        none = result["rows"][0]["ms"]["step"]  # of 1,000 steps, in milliseconds
+        assert row["seconds_per_epoch"] == pytest.approx(row["ratio"] * none)
     assert set(result["findings"]) == {
         f"normprop, {r} / batch, fp32, eager" for r in ("paper", "recommended")
     }
