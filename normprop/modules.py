@@ -217,6 +217,8 @@ def _open_share(model: nn.Module, _: Any) -> None:
 
 
 def _close_share(model: nn.Module, _: Any, __: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     for index, share in enumerate(_shares.open):
         if share.model is model:
             del _shares.open[index:]
@@ -243,12 +245,14 @@ def scale_together(model: nn.Module) -> _Handle:
         model: What is called: hooks are registered on it.
 
     Returns:
-        A handle; ``handle.remove()`` ends it.
+        A handle; ``handle.remove()`` ends it. A second call on one model does nothing.
 
     Example:
         >>> model = nn.Sequential(NormPropLinear(3, 2), NormPropLinear(2, 2))
         >>> handle = scale_together(model)
     """
+    if _open_share in model._forward_pre_hooks.values():
+        return _Handle(())
     return _Handle(
         (
             model.register_forward_pre_hook(_open_share),

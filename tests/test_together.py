@@ -261,6 +261,13 @@ def test_a_model_within_a_model(count):
     assert count == [14, 1]
 
 
+def test_asking_twice_scales_once(count):
+    _, together, x = pair()
+    modules.scale_together(together).remove()
+    together(x)
+    assert count == [14]
+
+
 def test_projection_of_a_shared_weight():
     _, together, _ = pair()
     with torch.no_grad():
