@@ -74,7 +74,7 @@ if typer is not None:
             help="'digits', a folder of parquet files or images, or a name on the Hugging Face Hub."
         ),
     ]
-    Model = Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20 or resnet18.")]
+    Model = Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20, resnet18 or resnet110.")]
     Rule = Annotated[str, typer.Option(help="NormProp's rule: paper or recommended.")]
     Width = Annotated[float, typer.Option(help="Factor on the numbers of hidden channels.")]
     Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
@@ -183,6 +183,12 @@ if typer is not None:
         activation: Annotated[
             str, typer.Option(help="Of the hidden layers; 'normprop moments all' lists the names.")
         ] = "relu",
+        trust_radius: Annotated[
+            float | None,
+            typer.Option(
+                help="NormProp's largest change of a unit in a step, 0 for any; 0.01 if recommended."
+            ),
+        ] = None,
         devices: Annotated[str, typer.Option(help="How many, or auto.")] = "auto",
         nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
         resume: Annotated[
@@ -220,6 +226,7 @@ if typer is not None:
             train_images,
             validation,
             activation,
+            trust_radius,
         )
         measured = run.measures.replace("_", " ")
         if devices != "auto" and not (devices.isdigit() and int(devices) > 0):
@@ -313,7 +320,7 @@ if typer is not None:
             str,
             typer.Argument(
                 help="data-norm, hidden-mean, convergence, batch-size, table, speed, jacobian, activations, "
-                "step-size or beyond."
+                "step-size, beyond or depth."
             ),
         ],
         protocol: Annotated[
@@ -355,7 +362,7 @@ if typer is not None:
 
     @app.command()
     def bench(
-        model: Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20 or resnet18.")] = "nin",
+        model: Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20, resnet18 or resnet110.")] = "nin",
         width: Width = 1.0,
         norms: Annotated[
             str, typer.Option(help="Separated by commas; none is always there.")

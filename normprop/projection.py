@@ -1,14 +1,16 @@
-"""Training aids: unit rows after every step, parameter groups, unit-wise gradient clipping."""
+"""Training aids: unit rows after every step, a trust region, parameter groups, unit-wise clipping."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from normprop import functional
 from normprop.modules import NormalizedActivation, _NormProp
 from normprop.rows import Geometry, project_rows_
 
@@ -34,30 +36,149 @@ def project_(model: nn.Module) -> None:
         project_rows_(weights, geometries, centered)
 
 
-def attach_projection(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
-    """Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
+def attach_projection(
+    optimizer: torch.optim.Optimizer, model: nn.Module, trust_radius: float | None = None
+) -> RemovableHandle:
+    r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
+
+    With ``trust_radius`` no step moves a unit's pre-activation further than that, whatever the
+    learning rate and the optimizer: the unit's update is scaled down where
+
+    .. math:: \Delta^2 = (|g| + |\delta g|)^2\, \lVert \delta W_i \rVert^2 + \delta g^2 + \delta b^2
+
+    (changes of unit row W, gain g and bias b) is larger than the radius squared. For inputs of mean
+    0 and covariance 1, Δ bounds the root mean square of the change (docs/method.md, section 7). The
+    radius falls with the learning rate, in proportion to the largest one so far.
 
     Args:
         optimizer: Any torch optimizer.
         model: The model whose rows it keeps at unit length.
+        trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
+            of about 100 (experiments/LOG.md). None for no limit. It costs a copy of the weights.
 
     Returns:
         A handle; ``handle.remove()`` ends it.
 
     Raises:
-        ValueError: If the model has no NormProp layer.
+        ValueError: If the model has no NormProp layer, or the radius is not above 0.
 
     Example:
         >>> layer = normprop.NormPropLinear(3, 2)
-        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        >>> handle = attach_projection(optimizer, layer)
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1000.0)
+        >>> handle = attach_projection(optimizer, layer, trust_radius=0.01)
+        >>> before = layer.weight.detach().clone()
+        >>> layer(torch.ones(4, 3)).sum().backward()
+        >>> optimizer.step()
+        >>> bool((layer.weight - before).norm(dim=1).max() < 0.0101)
+        True
     """
     if not any(isinstance(module, _NormProp) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no NormProp layer to project; build it with "
             "normprop.NormPropLinear, NormPropConv2d, ..."
         )
-    return optimizer.register_step_post_hook(lambda *_: project_(model))
+    if trust_radius is None:
+        return optimizer.register_step_post_hook(lambda *_: project_(model))
+    if not 0 < trust_radius < math.inf:
+        raise ValueError(f"trust_radius must be a number above 0, got {trust_radius}")
+    region = _TrustRegion(model, trust_radius)
+    return _Handles(
+        optimizer.register_step_pre_hook(region.remember),
+        optimizer.register_step_post_hook(region.restrain),
+    )
+
+
+class _Handles(RemovableHandle):
+    """Two hooks that end together."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class _TrustRegion:
+    """Where the units of a model may be after a step: around where they were before."""
+
+    def __init__(self, model: nn.Module, radius: float) -> None:
+        self.model, self.radius = model, radius
+        self.before: list[dict[str, Tensor]] = []
+
+    def _units(self) -> list[tuple[Any, dict[str, Tensor]]]:
+        """Layers with what of theirs a step moves; a shared parameter belongs to the first."""
+        units: list[tuple[Any, dict[str, Tensor]]] = []
+        seen: set[int] = set()
+        for layer in self.model.modules():
+            if isinstance(layer, (_NormProp, NormalizedActivation)) and layer.gain is not None:
+                own = {name: getattr(layer, name, None) for name in ("weight", "gain", "bias")}
+                moving = {name: p for name, p in own.items() if p is not None and id(p) not in seen}
+                seen |= {id(p) for p in moving.values()}
+                units.append((layer, moving))
+        return units
+
+    @torch.no_grad()
+    def remember(self, *_: Any) -> None:
+        """Before a step."""
+        self.before = [{name: p.detach().clone() for name, p in own.items()} for _, own in self._units()]
+
+    @torch.no_grad()
+    def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """After a step: updates scaled down to the radius, rows put back to unit length."""
+        units, before, self.before = self._units(), self.before, []
+        moves = [
+            {name: p.detach() - old[name] for name, p in own.items()}
+            for (_, own), old in zip(units, before, strict=True)
+        ]
+        none = [torch.zeros_like(_wide(layer.gain.detach())) for layer, _ in units]
+
+        def joined(parts: list[dict[str, Tensor]], name: str, measure: Callable[..., Tensor]) -> Tensor:
+            """One number a unit, of all layers; 0 where a layer has no such parameter."""
+            each = zip(units, parts, none, strict=True)
+            return torch.cat(
+                [measure(layer, p[name]) if name in p else zero for (layer, _), p, zero in each]
+            )
+
+        lengths = torch.threshold(joined(before, "weight", _row_lengths), 0.0, 1.0)
+        turn = joined(moves, "weight", _row_lengths) / lengths
+        change, shift = (joined(moves, name, lambda _, move: _wide(move)) for name in ("gain", "bias"))
+        radius = self.radius * _annealed(optimizer)
+        gain = joined(before, "gain", lambda _, gain: _wide(gain)).abs()
+        gain += change.abs().clamp_max(radius)  # it will not grow by more than that
+        size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
+        factors = (radius / size.clamp_min(max(radius, 1e-30))).split([len(zero) for zero in none])
+        for (layer, own), old, factor in zip(units, before, factors, strict=True):
+            for name, p in own.items():
+                start, end, share = old[name], p, factor.to(p.dtype)
+                if name == "weight":
+                    start, end = (
+                        functional.row_view(t, layer.transposed, layer.groups) for t in (start, p)
+                    )
+                    dims = functional.fan_in_dims(end, layer.transposed)
+                    share = share.view([1 if d in dims else size for d, size in enumerate(end.shape)])
+                end.copy_(torch.lerp(start, end, share))
+        project_(self.model)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _row_lengths(layer: Any, weight: Tensor) -> Tensor:
+    """Length of each of a weight's rows, shape (out,)."""
+    rows = functional.row_view(weight, layer.transposed, layer.groups)
+    dims = functional.fan_in_dims(rows, layer.transposed)
+    return torch.linalg.vector_norm(_wide(rows), dim=dims).flatten()
+
+
+def _annealed(optimizer: torch.optim.Optimizer) -> float:
+    """The learning rate as a share of the largest so far, which the optimizer's state keeps for a resumed run."""
+    groups = optimizer.param_groups
+    rate = max(float(group["lr"]) for group in groups)
+    groups[0]["largest_lr"] = largest = max(rate, groups[0].get("largest_lr", 0.0))
+    return rate / largest if largest > 0 else 1.0
 
 
 def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0) -> list[dict[str, Any]]:

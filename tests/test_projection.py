@@ -229,3 +229,147 @@ def test_clipping_takes_one_tensor_and_skips_missing_and_zero_gradients():
 def test_bad_clipping_is_refused(clipping):
     with pytest.raises(ValueError, match=f"clipping must be above 0, got {clipping}"):
         normprop.clip_grad_unitwise_([nn.Parameter(torch.ones(2))], clipping)
+
+
+def change(layer, before, after):
+    """The formula of attach_projection, a unit at a time."""
+    old, new = copy.deepcopy(layer), copy.deepcopy(layer)
+    old.load_state_dict(before)
+    new.load_state_dict(after)
+    has_rows = hasattr(layer, "weight")
+    result = []
+    for i in range(len(layer.gain)):
+        g, h = old.gain[i].item(), new.gain[i].item()
+        shift = 0.0 if layer.bias is None else (new.bias[i] - old.bias[i]).item()
+        turn = (rows(new)[i] - rows(old)[i]).norm().item() if has_rows else 0.0
+        result.append((max(abs(g), abs(h)) ** 2 * turn**2 + (h - g) ** 2 + shift**2) ** 0.5)
+    return result
+
+
+def states(model):
+    return {name: copy.deepcopy(m.state_dict()) for name, m in model.named_modules() if hasattr(m, "gain")}
+
+
+@pytest.mark.parametrize(("dtype", "excess"), [(torch.float64, 1e-3), (torch.bfloat16, 0.5)], ids=str)
+def test_trust_region_in_other_dtypes(dtype, excess):
+    torch.manual_seed(0)
+    model = net().to(dtype)
+    opt = torch.optim.SGD(model.parameters(), lr=10.0)
+    normprop.attach_projection(opt, model, trust_radius=0.05)
+    before = states(model)
+    model(torch.randn(5, 3, 4, 4, dtype=dtype)).square().mean().backward()
+    opt.step()
+    for name, after in states(model).items():  # a bfloat16 row of length 1 is known to 0.4 % an element
+        assert 0 < max(change(model.get_submodule(name), before[name], after)) < 0.05 * (1 + excess)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED], ids=["paper", "recommended"])
+def test_trust_region_bounds_every_unit(layer, optimizer, rule):
+    torch.manual_seed(0)
+    model = layer(rule)
+    opt = optimizer(model.parameters())
+    normprop.attach_projection(opt, model, trust_radius=0.02)
+    size = (5, 6, *[6] * (model.weight.ndim - 2))
+    for _ in range(4):
+        before = copy.deepcopy(model.state_dict())
+        opt.zero_grad()
+        (1e3 * model(torch.randn(size)).square().mean()).backward()
+        opt.step()
+        assert_unit(model)
+        changes = change(model, before, model.state_dict())
+        # Back on the sphere, a chord of the radius is an arc: asin(r) = r + r^3/6.
+        assert max(changes) < 0.02 * 1.001
+        assert max(changes) > 0.015  # these steps are far larger without it
+
+
+def test_trust_region_leaves_small_steps_alone():
+    torch.manual_seed(0)
+    plain = net()
+    bounded = copy.deepcopy(plain)
+    results = []
+    for model, radius in ((plain, None), (bounded, 10.0)):
+        torch.manual_seed(1)
+        opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        normprop.attach_projection(opt, model, radius)
+        for _ in range(3):
+            backward(model)
+            opt.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+def test_trust_region_covers_all_units_of_a_network_and_nothing_else():
+    torch.manual_seed(0)
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), lr=100.0)
+    normprop.attach_projection(opt, model, trust_radius=0.05)
+    before = states(model)
+    foreign = model[4].weight.detach().clone()
+    backward(model)
+    opt.step()
+    for name, after in states(model).items():
+        assert 0 < max(change(model.get_submodule(name), before[name], after)) < 0.0501
+    torch.testing.assert_close(model[4].weight.detach(), foreign - 100.0 * model[4].weight.grad)
+
+
+def test_trust_radius_falls_with_the_learning_rate_and_a_resumed_run_knows_the_largest():
+    def step(opt, model):
+        before = copy.deepcopy(model.state_dict())
+        opt.zero_grad()
+        (1e6 * model(torch.randn(5, 6)).square().mean()).backward()
+        opt.step()
+        return max(change(model, before, model.state_dict()))
+
+    torch.manual_seed(0)
+    model = normprop.NormPropLinear(6, 4)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    normprop.attach_projection(opt, model, trust_radius=0.04)
+    assert 0.036 < step(opt, model) < 0.0401  # the bound is not tight where the gain falls
+    opt.param_groups[0]["lr"] = 0.25
+    assert 0.009 < step(opt, model) < 0.01001
+    resumed = torch.optim.SGD(model.parameters(), lr=0.25)
+    resumed.load_state_dict(opt.state_dict())
+    normprop.attach_projection(resumed, model, trust_radius=0.04)
+    assert 0.009 < step(resumed, model) < 0.01001
+    resumed.param_groups[0]["lr"] = 0.0
+    assert step(resumed, model) < 1e-6  # rounding of the projection
+
+
+def test_trust_region_takes_shared_weights_missing_biases_and_can_be_removed():
+    torch.manual_seed(0)
+    a, b = normprop.NormPropLinear(6, 6, bias=False), normprop.NormPropLinear(6, 6, bias=False)
+    b.weight = a.weight
+    model = nn.Sequential(a, b)
+    opt = torch.optim.SGD(model.parameters(), lr=100.0)
+    handle = normprop.attach_projection(opt, model, trust_radius=0.01)
+
+    def step():
+        before = a.weight.detach().clone()
+        opt.zero_grad()
+        model(torch.randn(5, 6)).square().mean().backward()
+        opt.step()
+        return (a.weight - before).norm(dim=1).max()
+
+    assert step() < 0.0101 / 0.8  # the first layer's gain is 1/jacobian, about 0.83
+    handle.remove()
+    assert step() > 0.1
+
+
+def test_a_gradient_that_is_no_number_is_not_hidden():
+    layer = normprop.NormPropLinear(3, 2)
+    opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+    normprop.attach_projection(opt, layer, trust_radius=0.01)
+    for p in layer.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    opt.step()
+    assert all(p.isnan().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf")])
+def test_trust_radius_must_be_a_number_above_0(radius):
+    layer = normprop.NormPropLinear(3, 2)
+    opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=f"trust_radius must be a number above 0, got {radius}"):
+        normprop.attach_projection(opt, layer, radius)

@@ -524,3 +524,15 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_results_hold_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": math.nan})
+
+
+def test_the_trust_radius_follows_rule_and_batch_size():
+    assert Run(norm="normprop", rule="paper").peak_radius is None
+    assert Run(norm="batch").peak_radius is None
+    assert Run(batch_size=128).peak_radius == 0.01
+    assert Run(batch_size=512).peak_radius == 0.01
+    assert Run(batch_size=32).peak_radius == pytest.approx(0.005)
+    assert Run(trust_radius=0.0).peak_radius is None
+    assert Run(rule="paper", trust_radius=0.02, batch_size=1).peak_radius == 0.02
+    with pytest.raises(InputError, match="--trust-radius -1: expected a number of at least 0"):
+        Run(trust_radius=-1)

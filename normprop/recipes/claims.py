@@ -57,22 +57,24 @@ class Protocol:
     final: dict[str, Any]
     table: dict[str, dict[str, Any]]
 
-    def lr(self, norm: str, batch_size: int) -> float:
+    def lr(self, run: Run) -> float:
         """The paper's step size where its schedule is used, else what ``normprop train`` takes.
 
         The paper gives .05 at batch 50, .08 at 100, .0001 without norm; for other sizes we scale
         linearly below 50 and stay at .08 above 100.
         """
         if self.base.halve_every is None:
-            return default_lr(norm, batch_size)
-        if norm == "none":
+            return default_lr(run.norm, run.batch_size, run.rule)
+        if run.norm == "none":
             return 1e-4
-        return 0.08 if batch_size >= 100 else 0.05 * min(1.0, batch_size / 50)
+        return 0.08 if run.batch_size >= 100 else 0.05 * min(1.0, run.batch_size / 50)
 
     def run(self, variant: str, **changes: Any) -> Run:
-        """The base with a variant's norm and rule, its step size, and ``changes``."""
+        """The base with a variant's norm and rule, its step size and trust radius, and ``changes``."""
         run = replace(self.base, **(VARIANTS[variant] | changes))
-        return run if "lr" in changes else replace(run, lr=self.lr(run.norm, run.batch_size))
+        if run.peak_radius is not None:
+            run = replace(run, trust_radius=run.peak_radius)
+        return run if "lr" in changes else replace(run, lr=self.lr(run))
 
 
 _MIXED = {"model": "nin", "data_norm": "batch", "precision": "bf16-mixed"}
@@ -209,6 +211,7 @@ def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -
         {"model": protocol.base.model, "width": protocol.base.width},
         {"model": "resnet20", "width": 1.0},
     ]
+    models = [model | {"flip": True, "data_norm": "channel"} for model in models]
     settings = [model | protocol.search | {"lr": lr} for model in models for lr in LEARNING_RATES]
     planned = [replace(p, stage="selection") for p in _grid(protocol, seeds, variants, settings)]
     for model in models:
@@ -223,9 +226,20 @@ def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -
     return planned
 
 
+def _depth(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    """From the first step at the largest step size, which halves four times: no warm-up."""
+    epochs = protocol.short.get("epochs", protocol.base.epochs)
+    changes = {"halve_every": max(1, epochs // 5), "width": 0.5, "data_norm": "channel"}
+    settings = [protocol.short | changes | {"model": model} for model in ("resnet20", "resnet110")]
+    return [
+        replace(p, run=replace(p.run, lr=default_lr(p.run.norm, p.run.batch_size, p.run.rule)))
+        for p in _grid(protocol, seeds, (*NORMPROP, "batch", "none"), settings)
+    ]
+
+
 SHORT = {
     "width": "w", "batch_size": "b", "epochs": "e", "lr": "lr", "halve_every": "halve", "train_images": "n",
-    "validation": "val", "limit_train_batches": "limit", "weight_decay": "wd",
+    "validation": "val", "trust_radius": "r", "limit_train_batches": "limit", "weight_decay": "wd",
 }  # fmt: skip
 ALWAYS = ("width", "batch_size", "epochs", "lr")
 
@@ -284,7 +298,7 @@ CLAIMS = {
             "fig. 3: NormProp is ahead of BatchNorm for about 30 epochs and smoother; both end at about 90 %",
             figures.convergence,
             _convergence,
-            ("width",),
+            ("model", "width"),
         ),
         Claim(
             "batch-size",
@@ -339,6 +353,13 @@ CLAIMS = {
             figures.beyond,
             _beyond,
             ("stage", "model", "lr"),
+        ),
+        Claim(
+            "depth",
+            "not in the paper: residual nets of 20 and 110 layers, without warm-up",
+            figures.convergence,
+            _depth,
+            ("model",),
         ),
     )
 }

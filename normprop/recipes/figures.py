@@ -107,8 +107,8 @@ def _accuracy_axes(axis: Any, rows: Sequence[Row], x: str) -> None:
 
 
 def convergence(result: Row, path: Path) -> None:
-    """Test accuracy by epoch, a line a variant, a panel a width."""
-    panels = _groups(result["rows"], "width")
+    """Test accuracy by epoch, a line a variant, a panel a network."""
+    panels = _groups(result["rows"], "model", "width")
     with _figure(path, max(1, len(panels))) as (figure, axes):
         for axis, rows in zip(axes.flat, panels.values(), strict=True):
             for label, mine in _groups(rows, "label").items():

@@ -243,12 +243,18 @@ def resnet18(shape: tuple[int, int, int], classes: int, make: Blocks, width: flo
     return _resnet(shape, classes, make, [_width(c, width) for c in (64, 128, 256, 512)], 2)
 
 
+def resnet110(shape: tuple[int, int, int], classes: int, make: Blocks, width: float) -> nn.Module:
+    """Three stages of eighteen blocks, 16 to 64 channels: 108 convolutions between stem and output."""
+    return _resnet(shape, classes, make, [_width(c, width) for c in (16, 32, 64)], 18)
+
+
 MODELS: dict[str, Callable[[tuple[int, int, int], int, Blocks, float], nn.Module]] = {
     "mlp": mlp,
     "cnn": cnn,
     "nin": nin,
     "resnet20": resnet20,
     "resnet18": resnet18,
+    "resnet110": resnet110,
 }
 
 

@@ -36,12 +36,16 @@ DATA_NORMS = ("channel", "global", "batch", "none")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 # Peak learning rates at batch 128, chosen on held-out training images (experiments/LOG.md).
 BASE_LR = {"normprop": 0.05, "batch": 0.1, "group": 0.1, "layer": 0.1, "weight": 0.02, "none": 0.02}
+# The recommended rule's: with a trust region the step size hardly matters any more.
+RECOMMENDED_LR = 0.4
+TRUST_RADIUS = 0.01
 EVALUATION_BATCH = 500
 
 
-def default_lr(norm: str, batch_size: int) -> float:
+def default_lr(norm: str, batch_size: int, rule: str = "paper") -> float:
     """Linear scaling below batch 128 (Goyal et al. 2017), constant above."""
-    return BASE_LR[norm] * min(1.0, batch_size / 128)
+    base = RECOMMENDED_LR if (norm, rule) == ("normprop", "recommended") else BASE_LR[norm]
+    return base * min(1.0, batch_size / 128)
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Run:
         validation: Hold out so many training images, always the same ones, and evaluate on them; the
             test images are then never looked at.
         activation: Of all hidden layers.
+        trust_radius: For NormProp, of ``normprop.attach_projection``; 0 for no limit. None for
+            :data:`TRUST_RADIUS` with the recommended rule, less below batch 128, and no limit with the paper's.
     """
 
     model: str = "cnn"
@@ -89,6 +95,7 @@ class Run:
     train_images: int | None = None
     validation: int = 0
     activation: str = "relu"
+    trust_radius: float | None = None
 
     @property
     def measures(self) -> str:
@@ -98,7 +105,16 @@ class Run:
     @property
     def peak_lr(self) -> float:
         """The peak learning rate, asked for or by default."""
-        return default_lr(self.norm, self.batch_size) if self.lr is None else self.lr
+        return default_lr(self.norm, self.batch_size, self.rule) if self.lr is None else self.lr
+
+    @property
+    def peak_radius(self) -> float | None:
+        """The trust radius, asked for or by default: random steps add up as the root of their number."""
+        if self.trust_radius is not None:
+            return self.trust_radius or None
+        if (self.norm, self.rule) != ("normprop", "recommended"):
+            return None
+        return TRUST_RADIUS * math.sqrt(min(1.0, self.batch_size / 128))
 
     def __post_init__(self) -> None:
         for name, known in (("rule", RULES), ("data_norm", DATA_NORMS), ("precision", PRECISIONS)):
@@ -112,6 +128,10 @@ class Run:
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")
+        if self.trust_radius is not None and not 0 <= self.trust_radius < math.inf:
+            raise InputError(
+                f"--trust-radius {self.trust_radius}: expected a number of at least 0 (no limit)"
+            )
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"--weight-decay {self.weight_decay}: expected a number of at least 0")
         if self.lr is not None and not 0 < self.lr < math.inf:
@@ -192,7 +212,7 @@ class _Classifier(pl.LightningModule):
         groups = normprop.param_groups(self.net, weight_decay=run.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         if run.norm == "normprop":
-            normprop.attach_projection(optimizer, self.net)
+            normprop.attach_projection(optimizer, self.net, run.peak_radius)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
         if run.halve_every is None:
