@@ -330,7 +330,8 @@ if typer is not None:
         out: Annotated[
             Path | None,
             typer.Option(
-                help="Folder for results.json, figure.png and runs/; by default experiments/CLAIM."
+                help="Folder for results.json, figure.png and runs/; by default experiments/CLAIM and "
+                "experiments/runs, which all claims share."
             ),
         ] = None,
         jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.")] = 1,

@@ -134,6 +134,7 @@ class Claim:
             are there; None for a claim that is measured without training.
         by: What tells the rows of one variant apart, seeds aside; keys of a row.
         observe: Called after every epoch of its runs.
+        drift: Whether its rows keep what ``observe`` found after every epoch, not only at the end.
         measurement: For a claim without runs: its rows, from the protocol's name, the device and a
             function that is told what is going on.
         table: Of its rows, for people; by default of accuracies.
@@ -145,7 +146,8 @@ class Claim:
     figure: figures.Figure
     plan: Plan | None = None
     by: tuple[str, ...] = ()
-    observe: Observe | None = None
+    observe: Observe = observe_hidden
+    drift: bool = False
     measurement: Measurement | None = None
     table: Callable[[Sequence[Row], Sequence[str]], Table] = accuracy_table
     findings: Callable[[Sequence[Row]], Row] = lambda _: {}
@@ -290,7 +292,7 @@ CLAIMS = {
             "NormProp, 0.33 with BatchNorm",
             figures.hidden_mean,
             _hidden_mean,
-            observe=observe_hidden,
+            drift=True,
             findings=hidden_means,
         ),
         Claim(

@@ -1,6 +1,6 @@
 """``normprop reproduce``: run what a claim still lacks, collect all its runs, write results and figure.
 
-Every run is ``train`` into a folder of its own, ``runs/KEY`` beside ``results.json``; so a run resumes
+Every run is ``train`` into a folder of its own, ``runs/KEY``, which all claims share; so a run resumes
 after a kill, two commands can share a claim, and ``results.json`` is made of the run folders alone.
 """
 
@@ -28,7 +28,7 @@ from normprop.recipes.claims import CLAIMS, PROTOCOLS, Claim, Planned, Protocol,
 from normprop.recipes.data import ImageData, load
 from normprop.recipes.results import InUse, environment, exclusive, write_json
 from normprop.recipes.summary import summarize
-from normprop.recipes.train import RULES, Observe, Run, _nothing, newest_checkpoint, train
+from normprop.recipes.train import RULES, Observe, Run, newest_checkpoint, train
 
 Row = dict[str, Any]
 Tell = Callable[..., None]
@@ -55,7 +55,8 @@ class Study:
         protocol: From ``PROTOCOLS``.
         dataset: The data set's name, never a path.
         seeds: How many.
-        out: The folder of ``results.json``, ``figure.png`` and ``runs/``.
+        out: The folder of ``results.json`` and ``figure.png``.
+        runs: The folder of the runs; claims that need the same run share it.
     """
 
     claim: Claim
@@ -63,6 +64,7 @@ class Study:
     dataset: str
     seeds: int
     out: Path
+    runs: Path
 
     @property
     def data_name(self) -> str | None:
@@ -70,12 +72,12 @@ class Study:
         return None if self.claim.plan is None else self.dataset
 
     def key(self, planned: Planned) -> str:
-        """The name of its folder in ``runs/``."""
+        """The name of its folder in ``runs``."""
         return run_key(self.protocol, self.dataset, planned.run)
 
     def folder(self, planned: Planned) -> Path:
         """Where it is trained."""
-        return self.out / "runs" / self.key(planned)
+        return self.runs / self.key(planned)
 
     def gather(self) -> tuple[list[Planned], list[Row]]:
         """All runs of the claim, and the rows of those that have begun, finished or not."""
@@ -113,7 +115,7 @@ class Study:
             "rule_is": record["rule"],
             **{key: [epoch[key] for epoch in epochs] for key in by_epoch},
             "hidden": record["hidden"],
-            **({"hidden_by_epoch": hidden} if hidden else {}),
+            **({"hidden_by_epoch": hidden} if hidden and self.claim.drift else {}),
             **made_by,
         }
 
@@ -123,7 +125,7 @@ class Study:
         for name, value in (asdict(run) | {"dataset": self.dataset, "rule_is": rule}).items():
             if there[name] != value:
                 raise InputError(
-                    f"--out {self.out}: runs/{folder.name} holds a run with {name} {there[name]}, this one has "
+                    f"--out {self.out}: {folder} holds a run with {name} {there[name]}, this one has "
                     f"{value}; delete that folder, or choose another --out"
                 )
 
@@ -135,7 +137,7 @@ class Study:
 
     def collect(self) -> Row:
         """Write ``results.json`` from all run folders; what it holds."""
-        with _writable(self.out, self.out / "runs"), exclusive(self.out / "runs"):
+        with _writable(self.out, self.runs), exclusive(self.runs):
             planned, rows = self.gather()
             finished = sum(row["status"] != "partial" for row in rows)
             result = self._result(rows, finished == len(planned)) | {
@@ -226,7 +228,8 @@ def study(claim: str, protocol: str, dataset: str, seeds: int | None, out: Path 
     chosen = PROTOCOLS[protocol]
     name = Path(dataset).name or dataset
     folder = Path("experiments") / claim if out is None else out
-    return Study(CLAIMS[claim], chosen, name, chosen.seeds if seeds is None else seeds, folder)
+    runs = folder.parent / "runs" if out is None else folder / "runs"
+    return Study(CLAIMS[claim], chosen, name, chosen.seeds if seeds is None else seeds, folder, runs)
 
 
 def reproduce(
@@ -246,7 +249,8 @@ def reproduce(
         claim: One of ``CLAIMS``.
         protocol: One of ``PROTOCOLS``.
         dataset: What ``load`` takes; read only if a run is missing.
-        out: Folder; by default ``experiments/CLAIM``.
+        out: Folder, of the runs as well; by default ``experiments/CLAIM``, and ``experiments/runs`` for the
+            runs of all claims.
         jobs: Runs at once, each in a process of its own.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         only: Make only the runs with this text in their key; all that are there are collected.
@@ -299,9 +303,7 @@ def _train_missing(
         while planned := [p for p in this.missing(only) if this.key(p) not in tried]:
             data = load(dataset) if data is None else data
             tried |= {this.key(p) for p in planned}
-            tasks = [
-                Task(this.key(p), p.run, this.folder(p), this.claim.observe or _nothing) for p in planned
-            ]
+            tasks = [Task(this.key(p), p.run, this.folder(p), this.claim.observe) for p in planned]
             with _Progress(console, tasks, len(data.train_y)) as progress:
 
                 def tell(kind: str, key: str, *rest: Any) -> None:
@@ -317,7 +319,7 @@ def _train_missing(
                 else:
                     _train_side_by_side(tasks, data, jobs, device, tell)
     finally:
-        if (this.out / "runs").exists():  # not where the first run was refused
+        if this.runs.exists():  # not where the first run was refused
             this.collect()
     if failures:
         raise failures[0]
