@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from normprop import functional
-from normprop.modules import NormalizedActivation, _NormProp
+from normprop.modules import NormalizedActivation, _Handle, _NormProp
 from normprop.rows import Geometry, project_rows_
 
 
@@ -38,7 +38,7 @@ def project_(model: nn.Module) -> None:
 
 def attach_projection(
     optimizer: torch.optim.Optimizer, model: nn.Module, trust_radius: float | None = None
-) -> RemovableHandle:
+) -> RemovableHandle | _Handle:
     r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
 
     With ``trust_radius`` no step moves a unit's pre-activation further than that, whatever the
@@ -82,21 +82,8 @@ def attach_projection(
     if not 0 < trust_radius < math.inf:
         raise ValueError(f"trust_radius must be a number above 0, got {trust_radius}")
     region = _TrustRegion(model, trust_radius)
-    return _Handles(
-        optimizer.register_step_pre_hook(region.remember),
-        optimizer.register_step_post_hook(region.restrain),
-    )
-
-
-class _Handles(RemovableHandle):
-    """Two hooks that end together."""
-
-    def __init__(self, *handles: RemovableHandle) -> None:
-        self.handles = handles
-
-    def remove(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    before = optimizer.register_step_pre_hook(region.remember)
+    return _Handle((before, optimizer.register_step_post_hook(region.restrain)))
 
 
 class _TrustRegion:

@@ -213,6 +213,7 @@ class _Classifier(pl.LightningModule):
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         if run.norm == "normprop":
             normprop.attach_projection(optimizer, self.net, run.peak_radius)
+            normprop.scale_together(self.net)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
         if run.halve_every is None:
