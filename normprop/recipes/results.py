@@ -45,7 +45,7 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with '+' if files differ from it; None for an installed package."""
+    """The checkout's commit, with '+' if the package's files differ from it; None for an installed package."""
     root = Path(normprop.__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -56,7 +56,7 @@ def _commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "normprop") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
