@@ -9,10 +9,11 @@ projection included, is inside the timed step. The phases are timed apart afterw
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.recipes import InputError
-from normprop.recipes.models import build, check_norms
+from normprop.recipes.models import Blocks, build, check_norms
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.train import RULES
 
@@ -78,14 +79,20 @@ class Case:
             raise InputError(f"--batch-sizes {self.batch_size}: expected at least 1")
 
 
-class _Contender:
-    """One network with its optimizer, ready to step."""
+class Contender:
+    """One network with its optimizer, ready to step; ``make`` builds another than the case's model."""
 
-    def __init__(self, norm: str, case: Case, device: torch.device) -> None:
+    def __init__(
+        self, norm: str, case: Case, device: torch.device, make: Callable[[Blocks], nn.Module] | None = None
+    ) -> None:
         torch.manual_seed(0)
         shape = (3, case.image, case.image)
         self.norm, self.case, self.device = norm, case, device
-        net = build(case.model, shape, case.classes, norm, RULES[case.rule], case.width).to(device)
+        if make is None:
+            net = build(case.model, shape, case.classes, norm, RULES[case.rule], case.width)
+        else:
+            net = make(Blocks(norm, RULES[case.rule]))
+        net = net.to(device)
         self.exact = copy.deepcopy(net).double()
         self.layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
         self.net = net.to(memory_format=self.layout)
@@ -157,11 +164,14 @@ class _Contender:
             torch.cuda.reset_peak_memory_stats()
             self.step(x, y)
             return torch.cuda.max_memory_allocated() - before
-        sizes = {p.numel() for p in self.net.parameters()}
+        weights = {p.numel() for p in self.net.parameters() if p.ndim > 1}
+        vectors = {p.numel() for p in self.net.parameters() if p.ndim <= 1}
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if tensor.numel() not in sizes:
+            # At batch size 1 the output of a linear layer has as many numbers as its bias.
+            activation = tensor.ndim == 2 and len(tensor) == len(x)
+            if tensor.numel() not in weights and (activation or tensor.numel() not in vectors):
                 storage = tensor.untyped_storage()
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
@@ -190,6 +200,35 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def in_turn(
+    timed: Mapping[str, Callable[[], float]], rounds: int, advance: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Round after round, each call once; what they return, their seconds.
+
+    Example:
+        >>> in_turn({"a": lambda: 1.0, "b": lambda: 2.0}, rounds=2)
+        {'a': [1.0, 1.0], 'b': [2.0, 2.0]}
+    """
+    times: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        for name, seconds in timed.items():
+            times[name].append(seconds())
+        advance()
+    return times
+
+
+def paired(times: Sequence[float], reference: Sequence[float]) -> Row:
+    """Median and quartiles of the ratios, round by round.
+
+    Example:
+        >>> paired([2.0, 6.0, 3.0], [1.0, 2.0, 3.0])
+        {'ratio': 2.0, 'quartiles': [1.0, 3.0]}
+    """
+    ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
+    quartiles = [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]]
+    return {"ratio": statistics.median(ratios), "quartiles": quartiles}
+
+
 def measure(
     case: Case, norms: Sequence[str], rounds: int, device: str, advance: Callable[[], None] = lambda: None
 ) -> list[Row]:
@@ -212,9 +251,9 @@ def measure(
     x = torch.randn(case.batch_size, 3, case.image, case.image, device=where)
     y = torch.randint(case.classes, (case.batch_size,), device=where)
     rows: dict[str, Row] = {}
-    contenders: dict[str, _Contender] = {}
+    contenders: dict[str, Contender] = {}
     for norm in norms:
-        contender = _Contender(norm, case, where)
+        contender = Contender(norm, case, where)
         row: Row = asdict(case) | {"norm": norm, "status": "ok", "rounds": rounds, "device_type": device}
         rows[norm] = row
         batch = x.to(memory_format=contender.layout)
@@ -236,20 +275,15 @@ def measure(
     x = x.to(
         memory_format=torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     )
-    times: dict[str, list[float]] = {norm: [] for norm in contenders}
-    for _ in range(rounds):
-        for norm, contender in contenders.items():
-            times[norm].append(contender.seconds(x, y))
-        advance()
+    timed = {norm: functools.partial(contender.seconds, x, y) for norm, contender in contenders.items()}
+    times = in_turn(timed, rounds, advance)
     for norm, contender in contenders.items():
         total = times[norm]
-        ratios = sorted(a / b for a, b in zip(total, times["none"], strict=True))
         columns = zip(*(contender.phases(x, y) for _ in range(min(rounds, 10))), strict=True)
         medians = [1000 * statistics.median(column) for column in columns]
         rows[norm] |= {
             "ms": {"step": 1000 * statistics.median(total), **dict(zip(PHASES, medians, strict=True))},
-            "ratio": statistics.median(ratios),
-            "quartiles": [ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]],
+            **paired(total, times["none"]),
             "bytes_ratio": rows[norm]["bytes"] / rows["none"]["bytes"],
         }
     return list(rows.values())
