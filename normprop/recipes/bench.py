@@ -31,7 +31,7 @@ import normprop
 from normprop.recipes import InputError
 from normprop.recipes.models import Blocks, build, check_norms
 from normprop.recipes.results import environment, output_folder, write_json
-from normprop.recipes.train import RULES
+from normprop.recipes.train import RULES, Run
 
 Row = dict[str, Any]
 PHASES = ("forward", "backward", "optimizer")
@@ -98,7 +98,8 @@ class Contender:
         self.net = net.to(memory_format=self.layout)
         self.optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9)
         if norm == "normprop":
-            normprop.attach_projection(self.optimizer, net)
+            radius = Run(rule=case.rule, batch_size=case.batch_size).peak_radius
+            normprop.attach_projection(self.optimizer, net, radius)
             normprop.scale_together(net)
         self.run: nn.Module | Any = torch.compile(self.net) if case.compiled else self.net
 
