@@ -18,8 +18,8 @@ print(conversion)  # what was replaced, what was not and why
 model = conversion.model.train()
 
 groups = normprop.param_groups(model, weight_decay=5e-4)  # weight decay where it means something
-optimizer = torch.optim.SGD(groups, lr=0.01)
-normprop.attach_projection(optimizer, model)  # unit rows after every step
+optimizer = torch.optim.SGD(groups, lr=0.1)
+normprop.attach_projection(optimizer, model, trust_radius=0.01)  # unit rows, bounded steps
 losses = []
 for _ in range(10):
     losses.append(F.cross_entropy(model(x), y))
