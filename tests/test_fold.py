@@ -488,3 +488,39 @@ def test_the_folded_network_is_an_ordinary_module():
         nn.init.zeros_(p)
     torch.testing.assert_close(folded(x), expected, rtol=0, atol=0)
     torch.testing.assert_close(folded.float()(x.float()).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+class Twice(nn.Module):
+    """A map that two read, and one that only the activation reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = normprop.NormPropConv2d(3, 3, 1, activation=None)
+        self.alone = normprop.NormPropConv2d(3, 3, 3, padding=1)
+        self.act = nn.ReLU()
+
+    def forward(self, x):
+        y = self.trunk(x)
+        return self.alone(self.act(y)) + y
+
+
+def test_an_activation_overwrites_only_what_it_alone_reads():
+    torch.manual_seed(0)
+    model = Twice()
+    x = torch.randn(2, 3, 5, 5)
+    before = x.clone()
+    folded = normprop.fold(model, verify=x)
+    kinds = {type(m): m for m in folded.modules()}
+    assert kinds[nn.Threshold].inplace
+    assert not kinds[nn.ReLU].inplace
+    with torch.no_grad():
+        first, second = folded(x), folded(x)
+    assert torch.equal(first, second)
+    assert torch.equal(x, before)
+    torch.testing.assert_close(first, model(x))
+    gradients = [
+        torch.autograd.grad(net(leaf).square().sum(), leaf)[0]
+        for net in (folded, model)
+        for leaf in (x.clone().requires_grad_(),)
+    ]
+    torch.testing.assert_close(*gradients)

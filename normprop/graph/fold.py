@@ -121,6 +121,7 @@ class _Folder:
         result = fx.GraphModule(self.root, self.graph, f"Folded{type(self.source).__name__}").eval()
         result.graph.eliminate_dead_code()
         result.delete_all_unused_submodules()
+        _write_in_place(result)
         result.recompile()
         return result
 
@@ -415,6 +416,27 @@ class _Folder:
         if isinstance(module.activation, nn.Identity) and known and (mean, std) == (0.0, 1.0):
             return _Value(y)
         return self.activated(path, y, module.activation, mean, std, module, module)
+
+
+def _write_in_place(graph_module: fx.GraphModule) -> None:
+    """Activations overwrite what a weight layer or a sum has just made for them alone."""
+    nodes = [n for n in graph_module.graph.nodes if n.op in ("call_module", "call_function")]
+    paths = [n.target for n in nodes if n.op == "call_module"]
+    for node in nodes:
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or len(source.users) > 1:
+            continue
+        made = source.target in (torch.add, torch.mul, torch.addcmul)
+        if source.op == "call_module":
+            made = isinstance(graph_module.get_submodule(str(source.target)), tracing.WEIGHT_LAYERS)
+        if not made:
+            continue
+        if node.target is F.threshold:
+            node.kwargs = dict(node.kwargs) | {"inplace": True}
+        elif node.op == "call_module" and paths.count(node.target) == 1:
+            module = graph_module.get_submodule(node.target)
+            if isinstance(module, (nn.ReLU, nn.Threshold)):
+                module.inplace = True
 
 
 def _plain_layer(layer: Any) -> tuple[Any, Any, Any, nn.Module | None]:

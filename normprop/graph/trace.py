@@ -149,6 +149,10 @@ class _Tracer(fx.Tracer):
             forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
         )
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # fx looks each tensor up among all parameters; what the shadow reads is not among them.
+        return attr_val if self.evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
