@@ -1,9 +1,9 @@
-"""Second-order NormProp on a quarter-width NIN: n = 3 seeds a variant and step size, about 35 s each on one core.
+"""Second-order NormProp on a quarter-width NIN: n = 3 seeds a variant and step size, about 25 s each on one core.
 
     python experiments/second-order/run.py --dataset cifar10
 
 Evaluated on held-out training images; the test set is not looked at. Runs that results.json holds already are
-not run again. ``--long`` adds 10 epochs of all images that are not held out, one seed, about 10 minutes each.
+not run again. ``--long`` adds 10 epochs of all images that are not held out, one seed, second order and recommended.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def draw(found: Row, path: Path) -> None:
         f"{found['dataset']}, quarter-width NIN, 2 epochs of 10,000 images\na dot a seed, bar: their mean",
         fontsize=9,
     )
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     for row in long:
         accuracies = [100 * v for v in row["validation_accuracy"]]
         axes[0, 1].plot(
