@@ -524,3 +524,23 @@ def test_an_activation_overwrites_only_what_it_alone_reads():
         for leaf in (x.clone().requires_grad_(),)
     ]
     torch.testing.assert_close(*gradients)
+
+
+class Positions(nn.Module):
+    """Arithmetic on whole numbers, and a division that rounds, as positional encodings have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = normprop.NormPropLinear(6, 6)
+
+    def forward(self, x):
+        index = torch.arange(6, device=x.device)
+        frequency = 10.0 ** (2 * torch.div(index.float(), 2, rounding_mode="floor") / 6)
+        return self.layer(x)[:, index * 1] + torch.div(x, 2.0, rounding_mode="floor") / frequency
+
+
+def test_whole_numbers_and_rounding_divisions_are_left_as_they_are():
+    torch.manual_seed(0)
+    model = Positions()
+    x = 5 * torch.randn(3, 6)
+    torch.testing.assert_close(normprop.fold(model, verify=x)(x), model(x))

@@ -233,7 +233,9 @@ class _Folder:
             and len(numbers) == len(node.args) - 1 == 1
         ):
             number = float(numbers[0])
-            if what in ("mul", "div") and number == 0.0:
+            made = node.meta.get("value")
+            whole = isinstance(made, Tensor) and not made.is_floating_point()
+            if whole or "rounding_mode" in node.kwargs or (what in ("mul", "div") and number == 0.0):
                 return None
             if what == "mul":
                 return _Value(first.node, first.a * number, first.b * number)
