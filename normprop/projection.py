@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from normprop import functional
 from normprop.modules import NormalizedActivation, _Handle, _NormProp
-from normprop.rows import Geometry, project_rows_
+from normprop.rows import Geometry, _norms, _rows, project_rows_, row_view
 
 
 def project_(model: nn.Module) -> None:
@@ -139,11 +138,8 @@ class _TrustRegion:
             for name, p in own.items():
                 start, end, share = old[name], p, factor.to(p.dtype)
                 if name == "weight":
-                    start, end = (
-                        functional.row_view(t, layer.transposed, layer.groups) for t in (start, p)
-                    )
-                    dims = functional.fan_in_dims(end, layer.transposed)
-                    share = share.view([1 if d in dims else size for d, size in enumerate(end.shape)])
+                    start, end = (row_view(t, layer.transposed, layer.groups) for t in (start, p))
+                    share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
                 end.copy_(torch.lerp(start, end, share))
         project_(self.model)
 
@@ -155,9 +151,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _row_lengths(layer: Any, weight: Tensor) -> Tensor:
     """Length of each of a weight's rows, shape (out,)."""
-    rows = functional.row_view(weight, layer.transposed, layer.groups)
-    dims = functional.fan_in_dims(rows, layer.transposed)
-    return torch.linalg.vector_norm(_wide(rows), dim=dims).flatten()
+    return _norms([_rows(weight, (layer.transposed, layer.groups))])
 
 
 def _annealed(optimizer: torch.optim.Optimizer) -> float:
