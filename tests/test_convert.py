@@ -13,6 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from graphs import Code
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -31,19 +32,6 @@ from normprop.testing import (
 
 def randn(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-class Code(nn.Module):
-    """A model whose forward is a function of itself and its input; modules by name."""
-
-    def __init__(self, code, **modules):
-        super().__init__()
-        self.body = code
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.body(self, x)
 
 
 def random_statistics(model):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from graphs import Code
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -56,19 +57,6 @@ KINDS = {
 
 def randn(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-class Code(nn.Module):
-    """A model whose forward is a function of itself and its input."""
-
-    def __init__(self, body, **modules):
-        super().__init__()
-        self.body = body
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.body(self, x)
 
 
 def trained(model, dtype=torch.float64):

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import Code
 from torch import nn
 
 import normprop
@@ -21,19 +22,6 @@ RECOMMENDED = normprop.RECOMMENDED
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Code(nn.Module):
-    """A model whose forward is a function of itself and its inputs."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.code = forward
-        for name, module in modules.items():
-            setattr(self, name, module)
-
-    def forward(self, x):
-        return self.code(self, x)
 
 
 # --- trace --------------------------------------------------------------------------------------
