@@ -13,7 +13,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from graphs import Code
+from code_model import Code
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.func import functional_call, grad, vmap

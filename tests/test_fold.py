@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from graphs import Code
+from code_model import Code
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import Code
+from code_model import Code
 from torch import nn
 
 import normprop
