@@ -18,6 +18,7 @@ from torch import Tensor
 
 _NODES = 512
 _REACH = 8.5  # standard deviations; what lies beyond has probability 2e-17
+_FAR = 12.0  # standard deviations; what lies beyond shares the outermost bins
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,15 @@ class Signal:
             return cls(torch.full((1,), math.nan, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
         if high - low <= 1e-12 * max(abs(low), abs(high)):
             return cls.constant((low + high) / 2)
-        index = ((values - low) * ((bins - 1) / (high - low))).round().long()
+        mean = float((weights * values).sum())
+        var = float((weights * (values - mean).square()).sum())
+        # Rare values far out would make the bins too wide for all others.
+        low, high = max(low, mean - _FAR * math.sqrt(var)), min(high, mean + _FAR * math.sqrt(var))
+        index = ((values - low) * ((bins - 1) / (high - low))).round().long().clamp(0, bins - 1)
         mass = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weights)
         moment = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weights * values)
         kept = mass > 0
-        mean, var = float((weights * values).sum()), 0.0
         centers, mass = moment[kept] / mass[kept], mass[kept]
-        var = float((weights * (values - mean).square()).sum())
         binned = float((mass * (centers - mean).square()).sum())
         return cls(mean + (centers - mean) * math.sqrt(var / binned), mass)  # no variance lost in bins
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import grad as input_gradients
 
 from normprop import activations, functional
 from normprop.data_norm import BatchDataNorm, GlobalDataNorm
@@ -23,11 +24,11 @@ from normprop.graph.trace import key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import Record, SignalTrace
-from normprop.signal import Signal
+from normprop.signal import Signal, gaussian_nodes
 
-# How a gradient's mean square passes to an input: a factor, or, where the elements keep their places,
-# a function from its density over the output's values to that over the input's.
-Factor = float | Callable[[Tensor], Tensor]
+# How a gradient's mean square passes to an input: a factor, or a function from its density over the
+# output's values to that over the input's (a number where it is the same for all).
+Factor = float | Callable[[Tensor], Tensor | float]
 Result = tuple[Signal, list[Any]]
 
 _LAYOUT = {
@@ -74,6 +75,8 @@ class Walk:
         self.graph_module = graph_module
         self.signals: dict[fx.Node, Signal | None] = {}
         self.factors: dict[fx.Node, list[tuple[fx.Node, Factor]]] = {}
+        # How a gradient spreads over the input's positions, of mean 1 if it was even.
+        self.spreads: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
         self.notes: dict[fx.Node, str] = {}
         self.within: dict[fx.Node, float] = {}  # mean variance of a weight layer's channels
         # Element-wise ancestry: (node, f) with this node's values = f(that node's values).
@@ -302,17 +305,32 @@ class Walk:
             every = max(1, len(length) // 8)
             flat = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)
             z = signal.combination(flat[::every][:8])
-        result, slope = through_channels(z.values, z.weights, std, mean, finish)
-        factor = float(length.square().mean()) * (1.0 if transposed else inside) * slope
-        return result, [factor] + [0.0] * (count - 1)
+        result, passing = through_channels(z.values, z.weights, std, mean, finish)
+        factor = float(length.square().mean()) * (1.0 if transposed else inside)
+        few = None
+        if not transposed and 0 < fan_in <= SMALL_FAN_IN:
+            few = flat[::every][:8]
+            sums, slope = _with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
+            sums, square = (t[:, ::every][:, :8].contiguous() for t in (sums, slope.square()))
+
+        def through(density: Tensor) -> Tensor | float:
+            level = factor * passing(density)
+            if few is None:
+                return level
+            return level * _by_term(signal, few, square * _interpolate(sums, result.values, density))
+
+        if not transposed and hasattr(layer, "kernel_size"):
+            self.spreads[node] = functools.partial(_spread, node, layer)
+        return result, [through] + [0.0] * (count - 1)
 
     def _normalized_activation(self, node: fx.Node, module: NormalizedActivation, signal: Signal) -> Result:
         _, _, finish = effective(module)
         ones = torch.ones(1, dtype=torch.float64)
         gain = ones if module.gain is None else module.gain.detach().double().cpu()
         bias = ones * 0 if module.bias is None else module.bias.detach().double().cpu()
-        result, slope = through_channels(signal.values, signal.weights, gain, bias, finish)
-        return result, [slope * float(gain.square().mean())]
+        result, passing = through_channels(signal.values, signal.weights, gain, bias, finish)
+        square = float(gain.square().mean())
+        return result, [lambda density: square * passing(density)]
 
     def _pad(self, node: fx.Node, source: fx.Node) -> Result:
         signal, before, after = self._signal(source), shape(source), shape(node)
@@ -382,10 +400,11 @@ class Walk:
             unit = max(signal.var if within is None else within, 1e-12)
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
         exact = None if act is None else copy.deepcopy(act).double().cpu()
-        result, slope = through_channels(
+        result, passing = through_channels(
             ready.values, ready.weights, scale, shift, exact if exact is not None else _same
         )
-        return result, [slope * float(scale.square().mean()) / unit]
+        square = float(scale.square().mean()) / unit
+        return result, [lambda density: square * passing(density)]
 
     def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
         self.notes[node] = "softmax of independent logits"
@@ -411,6 +430,7 @@ class Walk:
         square is kept as a density over the signal's values.
         """
         densities: dict[fx.Node, Tensor] = {}
+        places: dict[fx.Node, Tensor] = {}  # the share of each position
         for node in reversed(list(self.graph_module.graph.nodes)):
             signal = self.signals.get(node)
             if signal is None:
@@ -421,10 +441,19 @@ class Walk:
             if density is None:
                 continue
             mean = float((signal.weights * density).sum())
+            place = places.get(node, torch.ones(positions(node), dtype=torch.float64))
+            place = place / place.mean()
             for source, factor in self.factors.get(node, ()):
-                values = self._signal(source).values
-                share = factor(density) if callable(factor) else torch.full_like(values, factor * mean)
+                read = self._signal(source)
+                share = factor(density) if callable(factor) else factor * mean
+                share = torch.as_tensor(share, dtype=torch.float64).expand_as(read.values)
+                there = self.spreads[node](place) if node in self.spreads else place
+                if there.shape != positions(source):
+                    there = torch.ones(positions(source), dtype=torch.float64)
+                share = share * there.mean()
                 densities[source] = densities.get(source, 0.0) + share
+                there = there / there.mean() * (read.weights * share).sum()
+                places[source] = places.get(source, 0.0) + there
         return {
             node: math.sqrt(max(0.0, float((self._signal(node).weights * density).sum())))
             for node, density in densities.items()
@@ -545,8 +574,8 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
 
 def through_channels(
     values: Tensor, weights: Tensor, scale: Tensor, shift: Tensor, function: Callable[[Tensor], Tensor]
-) -> tuple[Signal, float]:
-    """``function(scale * x + shift)``, all channels together, and the mean square of its slope.
+) -> tuple[Signal, Callable[[Tensor], float]]:
+    """``function(scale * x + shift)``, all channels together.
 
     Args:
         values: Shape (n,), what each channel reads.
@@ -554,47 +583,113 @@ def through_channels(
         scale: Shape (channels,) or (1,).
         shift: Likewise.
         function: Of shape (n, channels).
+
+    Returns:
+        The signal, and the mean over it of a density over its values times the function's squared slope.
     """
     scale, shift = torch.broadcast_tensors(scale, shift)
-    u = values[:, None] * scale + shift
     same = bool((scale == scale[0]).all() & (shift == shift[0]).all())
     if same and function is _same:
-        u = u[:, :1]
-    elif u.numel() > 2_000_000:  # a coarser grid for each of many channels
-        coarse = Signal.of(values, weights, max(32, 2_000_000 // u.shape[1]))
+        scale, shift = scale[:1], shift[:1]
+    elif len(values) * len(scale) > 2_000_000:  # a coarser grid for each of many channels
+        coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))
         values, weights = coarse.values, coarse.weights
-        u = values[:, None] * scale + shift
-    with torch.enable_grad():
-        u = u.detach().requires_grad_()
-        y = function(u * 1.0)
-        (slope,) = torch.autograd.grad(y.sum(), u)
+    y, slope = _with_slope(function, values[:, None] * scale + shift)
     spread = (weights / weights.sum())[:, None].expand_as(y) / y.shape[1]
-    return Signal.of(y, spread), float((spread * slope.square()).sum())
+    result = Signal.of(y, spread)
+    nearest = torch.searchsorted(result.values, y.flatten()).clamp(max=len(result.values) - 1)
+    squares = torch.zeros_like(result.values).index_add_(0, nearest, (spread * slope.square()).flatten())
+    return result, lambda density: float((squares * density).sum())
+
+
+def _with_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = function(x * 1.0)  # not a leaf: in-place functions may have it
+        slope = torch.zeros_like(x)
+        if y.requires_grad:
+            (slope,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), slope
+
+
+_FEW_NODES = 257  # of a sum of few terms, from -8.5 to 8.5 of its standard deviations
+
+
+def _by_term(signal: Signal, rows: Tensor, curves: Tensor) -> Tensor:
+    """How a gradient behind sums of few terms depends on the value of one term: of mean 1.
+
+    Given one term the sum is that term and a Gaussian of the rest's variance.
+
+    Args:
+        signal: The terms', independent.
+        rows: Shape (rows, fan_in).
+        curves: Shape (_FEW_NODES, rows): the mean square of the gradient at the sum, over its value.
+
+    Returns:
+        Shape (n,), over the signal's values.
+    """
+    coarse = Signal.of(signal.values, signal.weights, 48).standardized()
+    grid, _ = gaussian_nodes(_FEW_NODES)
+    z, probability = gaussian_nodes(48)
+    total = torch.zeros_like(coarse.values)
+    for row, curve in zip(rows, curves.T, strict=True):
+        share = (row / row.norm().clamp(min=1e-30))[:, None, None]
+        sums = share * coarse.values[:, None] + (1 - share.square()).clamp(min=0).sqrt() * z
+        given = (_interpolate(sums, grid, curve.contiguous()) * probability).sum(-1)
+        total = total + (row.square()[:, None] * given).sum(0)
+    mean = (coarse.weights * total).sum()
+    if not mean > 0:
+        return torch.ones_like(signal.values)
+    return _interpolate(signal.standardized().values, coarse.values, total / mean)
+
+
+def positions(node: fx.Node) -> tuple[int, ...]:
+    """The node's shape behind batch and channels."""
+    return (shape(node) or ())[2:]
+
+
+def _padding(node: fx.Node, layer: Any) -> list[int]:
+    """A convolution's padding with zeros, by axis."""
+    size, padding = layer.kernel_size, layer.padding
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        return [0] * len(size)
+    if node.op == "call_function":
+        padding = node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
+    if padding == "same":
+        return [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
+    if isinstance(padding, (str, int)):
+        return [padding if isinstance(padding, int) else 0] * len(size)
+    return [p if isinstance(p, int) else 0 for p in padding]
+
+
+def _spread(node: fx.Node, layer: Any, place: Tensor) -> Tensor:
+    """A gradient's share of each position in front of a convolution, from that behind it.
+
+    Each output's is spread evenly over the taps that fall inside; of mean 1 if ``place`` is 1 everywhere.
+    """
+    before, size = positions(tensor_inputs(node)[0]), layer.kernel_size
+    if len(before) != len(size) or place.ndim != len(size):
+        return place
+    back = getattr(input_gradients, f"conv{len(size)}d_input")
+    kernel = torch.ones((1, 1, *size), dtype=torch.float64)
+    arguments = (layer.stride, _padding(node, layer), layer.dilation)
+    there, even = (
+        back((1, 1, *before), kernel, p[None, None], *arguments)[0, 0]
+        for p in (place, torch.ones_like(place))
+    )
+    return there / even.mean()
 
 
 def inside_fraction(node: fx.Node, layer: Any) -> float:
     """Share of a convolution's taps that fall inside its zero-padded input, on average."""
-    before = shape(tensor_inputs(node)[0])
-    size = getattr(layer, "kernel_size", None)
-    if before is None or size is None or getattr(layer, "padding_mode", "zeros") != "zeros":
+    before, size = shape(tensor_inputs(node)[0]), getattr(layer, "kernel_size", ())
+    if before is None or not size:
         return 1.0
-    padding: Any = layer.padding
-    if node.op == "call_function":
-        padding = node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
-    spatial = len(size)
-    if isinstance(padding, str):
-        padding = (
-            [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
-            if padding == "same"
-            else 0
-        )
-    if isinstance(padding, int):
-        padding = [padding] * spatial
     share = 1.0
     for length, k, s, p, d in zip(
-        before[-spatial:], size, layer.stride, padding, layer.dilation, strict=True
+        before[-len(size) :], size, layer.stride, _padding(node, layer), layer.dilation, strict=True
     ):
-        if not isinstance(p, int) or p == 0:
+        if p == 0:
             continue
         out = (length + 2 * p - d * (k - 1) - 1) // s + 1
         taps = torch.arange(out)[:, None] * s - p + d * torch.arange(k)
