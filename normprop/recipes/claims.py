@@ -44,6 +44,7 @@ class Protocol:
         base: What all runs share, data norm of the batch-size claim apart.
         seeds: How many, from 0.
         short: Changes for the claims that have many runs.
+        batches: Changes for the claim over batch sizes; the small ones take long.
         search: Changes for runs that look for a step size, always on held-out training images.
         final: Changes for the runs with the step size that was found.
         table: Changes for the table of errors, by data set; ``""`` for any other.
@@ -53,6 +54,7 @@ class Protocol:
     base: Run
     seeds: int
     short: dict[str, Any]
+    batches: dict[str, Any]
     search: dict[str, Any]
     final: dict[str, Any]
     table: dict[str, dict[str, Any]]
@@ -84,6 +86,7 @@ PROTOCOLS = {
         Run(width=0.25, batch_size=100, epochs=10, **_MIXED),  # type: ignore[arg-type]
         seeds=3,
         short={"train_images": 20_000, "epochs": 4},
+        batches={"train_images": 10_000, "epochs": 2},
         search={"train_images": 10_000, "epochs": 2, "validation": 5_000},
         final={},
         table={"": {}},
@@ -93,6 +96,7 @@ PROTOCOLS = {
         Run(batch_size=50, epochs=50, halve_every=10, **_MIXED),  # type: ignore[arg-type]
         seeds=3,
         short={},
+        batches={},
         search={"batch_size": 100, "epochs": 10, "halve_every": None, "validation": 5_000},
         final={"batch_size": 100, "halve_every": None},
         table={
@@ -185,7 +189,7 @@ def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Ro
 def _batch_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     # The largest batches first: they take the least time.
     settings = [
-        protocol.short | {"batch_size": size, "data_norm": "global"} for size in reversed(BATCH_SIZES)
+        protocol.batches | {"batch_size": size, "data_norm": "global"} for size in reversed(BATCH_SIZES)
     ]
     return _grid(protocol, seeds, (*NORMPROP, "batch", "group"), settings)
 
