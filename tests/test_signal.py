@@ -124,6 +124,20 @@ def test_combination_is_the_standardised_weighted_sum():
     assert moment(shape, 3) == pytest.approx(0, abs=1e-9)
 
 
+def test_rare_values_far_out_take_no_bins_from_the_others():
+    few = Signal(
+        *(torch.tensor(t, dtype=torch.float64) for t in ([-1.0, 1.0, 90.0], [0.5, 0.4999, 0.0001]))
+    )
+    row = torch.linspace(0.5, 1, 32).mul(torch.tensor([1.0, -1.0]).repeat(16))[None]
+    share = float(row.pow(4).sum() / row.square().sum() ** 2)
+    cumulant = moment(few.standardized(), 4) - 3
+    assert moment(few.combination(row), 4) - 3 == pytest.approx(cumulant * share, rel=0.2)
+    heavy, x = Signal.gaussian().apply(lambda u: u.pow(3))[0], sample().pow(3)
+    assert heavy.times(heavy).plus(heavy).apply(torch.tanh)[0].std == pytest.approx(
+        float((x * sample(1).pow(3) + sample(2).pow(3)).tanh().std()), rel=0.02
+    )
+
+
 def test_of_keeps_mean_and_variance_of_any_values():
     for x in (sample(n=5000).exp(), torch.tensor([1, 2, 10]), sample(n=70).bfloat16().view(7, 10).T):
         signal = Signal.of(x)

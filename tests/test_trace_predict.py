@@ -315,6 +315,36 @@ def test_normprop_cnn(rule):
     assert_predicted(net, randn(16, 3, 12, 12), "0123", mean=0.12, std=0.12, gradient=0.15)
 
 
+def test_small_maps_lose_energy_at_the_borders_not_in_the_middle():
+    # Depthwise layers of few terms on a map not much larger than their kernels: taken as even, the
+    # gradient came out at 0.36 of what it is.
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(
+            NormPropConv2d(256, 256, 5, padding=2, groups=256, activation="silu", rule=RECOMMENDED)
+            for _ in range(8)
+        )
+    )
+    assert_predicted(net, randn(64, 256, 7, 7), "01234567", mean=0.1, std=0.15, gradient=0.25)
+
+
+@pytest.mark.parametrize("pad", [nn.ZeroPad2d(2), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(2)])
+def test_padding_modules_do_what_they_are(pad):
+    found = predict(nn.Sequential(pad, nn.Conv2d(3, 8, 3)), randn(1, 3, 8, 8))
+    measured = pad(randn(400, 3, 8, 8))
+    assert found["0"].std == pytest.approx(float(measured.std()), rel=0.02)
+    assert found["0"].mean == pytest.approx(float(measured.mean()), abs=0.02)
+    assert found["0"].note == ""
+
+
+def test_what_a_maximum_never_takes_is_no_value():
+    def body(self, x):
+        return F.max_pool2d(F.pad(x, (1, 1, 1, 1), value=-math.inf), 3)
+
+    found = predict(Code(body), randn(1, 3, 7, 7))
+    assert [round(r.mean, 3) for r in found][1:] == [0, 1.485]
+
+
 def test_plain_nets():
     torch.manual_seed(0)
     net = nn.Sequential(

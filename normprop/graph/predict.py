@@ -11,9 +11,11 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn import grad as input_gradients
 
@@ -75,7 +77,9 @@ class Walk:
         self.graph_module = graph_module
         self.signals: dict[fx.Node, Signal | None] = {}
         self.factors: dict[fx.Node, list[tuple[fx.Node, Factor]]] = {}
-        # How a gradient spreads over the input's positions, of mean 1 if it was even.
+        # The mean square at each position over that of all: zero padding takes from the borders.
+        self.energies: dict[fx.Node, Tensor] = {}
+        # How a gradient's share of each position passes to the input's, of mean 1 if it was even.
         self.spreads: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
         self.notes: dict[fx.Node, str] = {}
         self.within: dict[fx.Node, float] = {}  # mean variance of a weight layer's channels
@@ -98,6 +102,12 @@ class Walk:
         module = tracing.module_of(self.graph_module, node)
         signal, factors = self._rule(node, module, inputs)
         self.signals[node] = signal
+        kept = [n for n in inputs if n in self.energies and positions(n) == positions(node)]
+        if kept and node not in self.energies:
+            squares = torch.tensor([self._signal(n).rms ** 2 + 1e-30 for n in kept], dtype=torch.float64)
+            self.energies[node] = sum(
+                self.energies[n] * share for n, share in zip(kept, squares / squares.sum(), strict=True)
+            )
         if node not in self.factors:
             self.factors[node] = list(zip(inputs, factors, strict=True))
 
@@ -132,7 +142,7 @@ class Walk:
         if isinstance(module, (GlobalDataNorm, BatchDataNorm)):
             return Signal.gaussian(), [1.0]
         if isinstance(module, NormalizedActivation):
-            return self._normalized_activation(node, module, first)
+            return self._normalized_activation(node, module, inputs[0])
         if isinstance(module, Standardize):
             ratio = module.std / max(first.std, 1e-9)
             if not (0.8 < ratio < 1.25 and abs(module.mean - first.mean) < 0.2 * module.std):
@@ -172,13 +182,13 @@ class Walk:
             sizes = [math.prod(shape(n) or (1,)) for n in inputs]
             shares = [size / sum(sizes) for size in sizes]
             return Signal.mixture([self._signal(n) for n in inputs], shares), shares
-        if what == "pad":
-            return self._pad(node, inputs[0])
+        if what == "pad" or type(module).__module__ == "torch.nn.modules.padding":
+            return self._pad(node, module, inputs[0])
         pooled = self._pool(node, module, what, inputs[0])
         if pooled is not None:
             return pooled
         if module is not None and (tracing.is_batch_norm(module) or "Norm" in type(module).__name__):
-            return self._norm(module, first, self.within.get(inputs[0]))
+            return self._norm(node, module, inputs[0])
         if what in ("batch_norm", "layer_norm", "group_norm", "instance_norm"):
             return first.standardized(), [1 / max(first.var, 1e-12)] + [0.0] * (len(inputs) - 1)
         if isinstance(module, nn.Softmax) or what == "softmax":
@@ -226,6 +236,7 @@ class Walk:
             raise ValueError("not element-wise")
         origin, function = self.origin.get(source, (source, _same))
         self.origin[node] = (origin, lambda values: step(function(values)))
+        self._uneven(node, source, self._signal(source), lambda u: step(u.flatten()).view_as(u))
         return self._through(self._signal(source), step)
 
     def _through(self, signal: Signal, function: Callable[[Tensor], Tensor]) -> Result:
@@ -281,6 +292,38 @@ class Walk:
             names = ", ".join(sorted(str(n) for n in shared)[:2])
             self.notes[node] = f"its inputs share {names}: correlated, taken as independent"
 
+    def _uneven(
+        self, node: fx.Node, source: fx.Node, read: Signal, function: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Note what an element-wise function of an uneven map does to its energies and gradients."""
+        if source in self.energies:
+            slopes = self._by_place(node, self.energies[source], read, function)
+            self.spreads[node] = lambda place: place * slopes if place.shape == slopes.shape else place
+
+    def _by_place(
+        self, node: fx.Node, energy: Tensor, read: Signal, function: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Note the node's energies where ``function``, of shape (n, channels), reads uneven ones.
+
+        Args:
+            node: The function's.
+            energy: What it reads, by position, of mean 1.
+            read: Of all positions together.
+            function: Of shape (n, channels) or (n, 1), rising n being values of ``read``.
+
+        Returns:
+            The function's mean squared slope by position, of mean 1.
+        """
+        coarse, relative = Signal.of(read.values, read.weights, 65), energy.sqrt()
+        levels = Signal.of(relative, bins=9).values
+        u = coarse.mean + (coarse.values - coarse.mean)[:, None] * levels
+        y, slope = _with_slope(function, u.reshape(-1, 1))
+        square, slope = (
+            coarse.weights @ t.square().mean(1).view(len(coarse.values), -1) for t in (y, slope)
+        )
+        self.energies[node] = _even_out(_interpolate(relative, levels, square))
+        return _even_out(_interpolate(relative, levels, slope))
+
     def _weight_layer(self, node: fx.Node, signal: Signal, count: int) -> Result:
         source = tracing.weight_source(self.graph_module, node)
         assert source is not None
@@ -291,62 +334,79 @@ class Walk:
         dims = functional.fan_in_dims(rows, transposed)
         length = torch.linalg.vector_norm(rows, dim=dims).flatten()
         total = rows.sum(dims).flatten()
-        inside = 1.0 / math.prod(layer.stride) if transposed else inside_fraction(node, layer)
+        # Shares of the taps, and of the input's variance, that the outputs get.
+        taps = None if transposed else _taps(node, layer)
+        if taps is None:
+            inside = kept = 1.0 / math.prod(layer.stride) if transposed else 1.0
+        else:
+            uneven = self.energies.get(tensor_inputs(node)[0])
+            energy = taps.inside if uneven is None else taps.read(uneven)
+            inside, kept = float(taps.inside.mean()), float(energy.mean())
         mean = signal.mean * inside * total + (0.0 if bias is None else bias)
         # Where the padding's zeros stand, the mean is missing too.
         std = length * math.sqrt(
-            inside * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed)
+            kept * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed)
         )
         self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
+        small = not transposed and 0 < fan_in <= SMALL_FAN_IN
         z = Signal.gaussian()
         if 0 < fan_in <= SMALL_FAN_IN:
             self.notes[node] = f"fan_in {fan_in}: a sum of few terms, not Gaussian"
             every = max(1, len(length) // 8)
-            flat = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)
-            z = signal.combination(flat[::every][:8])
-        result, passing = through_channels(z.values, z.weights, std, mean, finish)
-        factor = float(length.square().mean()) * (1.0 if transposed else inside)
-        few = None
-        if not transposed and 0 < fan_in <= SMALL_FAN_IN:
-            few = flat[::every][:8]
+            few = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)[::every][:8]
+            z = signal.combination(few)
+        if taps is not None:
+            slopes = torch.ones_like(energy)
+            if energy.max() > 1.01 * energy.min():
+                relative = _even_out(energy)
+                z = z.times(Signal.of(relative.sqrt(), bins=9))
+                slopes = self._by_place(node, relative, Signal.gaussian(), lambda u: finish(u * std + mean))
+            self.spreads[node] = lambda place: taps.spread(place * slopes)
+        result, passing = through_channels(z.values, z.weights, std, mean, finish, length)
+        if small:
             sums, slope = _with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
             sums, square = (t[:, ::every][:, :8].contiguous() for t in (sums, slope.square()))
 
         def through(density: Tensor) -> Tensor | float:
-            level = factor * passing(density)
-            if few is None:
-                return level
-            return level * _by_term(signal, few, square * _interpolate(sums, result.values, density))
+            if not small:
+                return inside * passing(density)
+            curves = square * _interpolate(sums, result.values, density)
+            return inside * passing(density) * _by_term(signal, few, curves)
 
-        if not transposed and hasattr(layer, "kernel_size"):
-            self.spreads[node] = functools.partial(_spread, node, layer)
         return result, [through] + [0.0] * (count - 1)
 
-    def _normalized_activation(self, node: fx.Node, module: NormalizedActivation, signal: Signal) -> Result:
+    def _normalized_activation(
+        self, node: fx.Node, module: NormalizedActivation, source: fx.Node
+    ) -> Result:
+        signal = self._signal(source)
         _, _, finish = effective(module)
         ones = torch.ones(1, dtype=torch.float64)
         gain = ones if module.gain is None else module.gain.detach().double().cpu()
         bias = ones * 0 if module.bias is None else module.bias.detach().double().cpu()
+        self._uneven(node, source, signal, lambda u: finish(u * gain + bias))
         result, passing = through_channels(signal.values, signal.weights, gain, bias, finish)
-        square = float(gain.square().mean())
-        return result, [lambda density: square * passing(density)]
+        return result, [passing]
 
-    def _pad(self, node: fx.Node, source: fx.Node) -> Result:
+    def _pad(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         signal, before, after = self._signal(source), shape(source), shape(node)
-        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
+        if module is not None:
+            value = getattr(module, "value", None)  # reflections and copies have none
+        else:
+            mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
+            value = (value or 0.0) if mode == "constant" else None
         if (
-            before is None
+            not isinstance(value, (int, float))
+            or not math.isfinite(value)
+            or before is None
             or after is None
-            or mode != "constant"
-            or not isinstance(value, (int, float, type(None)))
         ):
-            return signal, [1.0]
+            return signal, [1.0]  # -inf, before a maximum, never shows
         share = min(1.0, math.prod(before) / math.prod(after))
         if share == 1.0:
             return signal, [1.0]
-        return Signal.mixture([signal, Signal.constant(float(value or 0.0))], [share, 1 - share]), [share]
+        return Signal.mixture([signal, Signal.constant(float(value))], [share, 1 - share]), [share]
 
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
         signal = self._signal(source)
@@ -384,7 +444,8 @@ class Walk:
         grown = math.prod(after) / math.prod(before) if before and after else 1 / count
         return pooled, [grown if adaptive else 1 / count]
 
-    def _norm(self, module: Any, signal: Signal, within: float | None) -> Result:
+    def _norm(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
+        signal, within = self._signal(source), self.within.get(source)
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         one = torch.ones(1, dtype=torch.float64)
         scale = one if weight is None else weight.detach().double().cpu().flatten()
@@ -400,11 +461,10 @@ class Walk:
             unit = max(signal.var if within is None else within, 1e-12)
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
         exact = None if act is None else copy.deepcopy(act).double().cpu()
-        result, passing = through_channels(
-            ready.values, ready.weights, scale, shift, exact if exact is not None else _same
-        )
-        square = float(scale.square().mean()) / unit
-        return result, [lambda density: square * passing(density)]
+        finish = exact if exact is not None else _same
+        self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
+        result, passing = through_channels(ready.values, ready.weights, scale, shift, finish)
+        return result, [lambda density: passing(density) / unit]
 
     def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
         self.notes[node] = "softmax of independent logits"
@@ -573,9 +633,14 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
 
 
 def through_channels(
-    values: Tensor, weights: Tensor, scale: Tensor, shift: Tensor, function: Callable[[Tensor], Tensor]
+    values: Tensor,
+    weights: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    function: Callable[[Tensor], Tensor],
+    size: Tensor | None = None,
 ) -> tuple[Signal, Callable[[Tensor], float]]:
-    """``function(scale * x + shift)``, all channels together.
+    """``function(scale * x + shift)``, all channels together, and how a gradient passes it.
 
     Args:
         values: Shape (n,), what each channel reads.
@@ -583,14 +648,15 @@ def through_channels(
         scale: Shape (channels,) or (1,).
         shift: Likewise.
         function: Of shape (n, channels).
+        size: By what each channel multiplies a gradient, beside the function's slope; ``scale`` if None.
 
     Returns:
-        The signal, and the mean over it of a density over its values times the function's squared slope.
+        The signal, and the gradient's mean square in front of all this, from its density over the
+        signal's values.
     """
-    scale, shift = torch.broadcast_tensors(scale, shift)
-    same = bool((scale == scale[0]).all() & (shift == shift[0]).all())
-    if same and function is _same:
-        scale, shift = scale[:1], shift[:1]
+    scale, shift, size = torch.broadcast_tensors(scale, shift, scale if size is None else size)
+    if function is _same and all(bool((t == t[0]).all()) for t in (scale, shift, size)):
+        scale, shift, size = scale[:1], shift[:1], size[:1]
     elif len(values) * len(scale) > 2_000_000:  # a coarser grid for each of many channels
         coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))
         values, weights = coarse.values, coarse.weights
@@ -598,7 +664,9 @@ def through_channels(
     spread = (weights / weights.sum())[:, None].expand_as(y) / y.shape[1]
     result = Signal.of(y, spread)
     nearest = torch.searchsorted(result.values, y.flatten()).clamp(max=len(result.values) - 1)
-    squares = torch.zeros_like(result.values).index_add_(0, nearest, (spread * slope.square()).flatten())
+    squares = torch.zeros_like(result.values).index_add_(
+        0, nearest, (spread * (slope * size).square()).flatten()
+    )
     return result, lambda density: float((squares * density).sum())
 
 
@@ -648,50 +716,61 @@ def positions(node: fx.Node) -> tuple[int, ...]:
     return (shape(node) or ())[2:]
 
 
-def _padding(node: fx.Node, layer: Any) -> list[int]:
-    """A convolution's padding with zeros, by axis."""
-    size, padding = layer.kernel_size, layer.padding
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
-        return [0] * len(size)
+def _taps(node: fx.Node, layer: Any) -> _Taps | None:
+    """Where a convolution's outputs read, if its map has positions and its padding is zeros."""
+    size, before = getattr(layer, "kernel_size", ()), positions(tensor_inputs(node)[0])
+    if not size or len(before) != len(size) or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return None
+    padding = layer.padding
     if node.op == "call_function":
         padding = node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
     if padding == "same":
-        return [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
-    if isinstance(padding, (str, int)):
-        return [padding if isinstance(padding, int) else 0] * len(size)
-    return [p if isinstance(p, int) else 0 for p in padding]
+        padding = [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
+    elif isinstance(padding, (str, int)):
+        padding = [padding if isinstance(padding, int) else 0] * len(size)
+    taps = _Taps(before, size, layer.stride, padding, layer.dilation)
+    return (
+        taps if taps.inside.shape == positions(node) else None
+    )  # an even kernel's "same" padding is lopsided
 
 
-def _spread(node: fx.Node, layer: Any, place: Tensor) -> Tensor:
-    """A gradient's share of each position in front of a convolution, from that behind it.
+@dataclass(frozen=True)
+class _Taps:
+    """The positions that a convolution's outputs read: outside of the input stand zeros.
 
-    Each output's is spread evenly over the taps that fall inside; of mean 1 if ``place`` is 1 everywhere.
+    Attributes:
+        before: The input's positions, by axis; the others likewise.
     """
-    before, size = positions(tensor_inputs(node)[0]), layer.kernel_size
-    if len(before) != len(size) or place.ndim != len(size):
-        return place
-    back = getattr(input_gradients, f"conv{len(size)}d_input")
-    kernel = torch.ones((1, 1, *size), dtype=torch.float64)
-    arguments = (layer.stride, _padding(node, layer), layer.dilation)
-    there, even = (
-        back((1, 1, *before), kernel, p[None, None], *arguments)[0, 0]
-        for p in (place, torch.ones_like(place))
-    )
-    return there / even.mean()
+
+    before: tuple[int, ...]
+    size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+
+    @functools.cached_property
+    def kernel(self) -> Tensor:
+        return torch.ones((1, 1, *self.size), dtype=torch.float64) / math.prod(self.size)
+
+    @functools.cached_property
+    def inside(self) -> Tensor:
+        """The share of each output's taps that the input has."""
+        return self.read(torch.ones(self.before, dtype=torch.float64))
+
+    def read(self, energy: Tensor) -> Tensor:
+        """The mean over each output's taps."""
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.size) - 1]
+        where = (self.stride, self.padding, self.dilation)
+        return convolve(energy[None, None], self.kernel, None, *where)[0, 0]
+
+    def spread(self, place: Tensor) -> Tensor:
+        """Each output's share over its taps; of mean 1 if ``place`` is 1 everywhere."""
+        back = getattr(input_gradients, f"conv{len(self.size)}d_input")
+        where = (self.stride, self.padding, self.dilation)
+        there = back((1, 1, *self.before), self.kernel, place[None, None], *where)[0, 0]
+        return there * (there.numel() / self.inside.sum())
 
 
-def inside_fraction(node: fx.Node, layer: Any) -> float:
-    """Share of a convolution's taps that fall inside its zero-padded input, on average."""
-    before, size = shape(tensor_inputs(node)[0]), getattr(layer, "kernel_size", ())
-    if before is None or not size:
-        return 1.0
-    share = 1.0
-    for length, k, s, p, d in zip(
-        before[-len(size) :], size, layer.stride, _padding(node, layer), layer.dilation, strict=True
-    ):
-        if p == 0:
-            continue
-        out = (length + 2 * p - d * (k - 1) - 1) // s + 1
-        taps = torch.arange(out)[:, None] * s - p + d * torch.arange(k)
-        share *= float(((taps >= 0) & (taps < length)).double().mean())
-    return share
+def _even_out(x: Tensor) -> Tensor:
+    """Divided by its mean; even where that is 0."""
+    return x / x.mean() if x.mean() > 0 else torch.ones_like(x)
