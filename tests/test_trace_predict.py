@@ -317,7 +317,7 @@ def test_normprop_cnn(rule):
 
 def test_small_maps_lose_energy_at_the_borders_not_in_the_middle():
     # Depthwise layers of few terms on a map not much larger than their kernels: taken as even, the
-    # gradient came out at 0.36 of what it is.
+    # gradient came out at 0.36 of what it is and the std at up to 3.3 times.
     torch.manual_seed(0)
     net = nn.Sequential(
         *(
@@ -325,7 +325,7 @@ def test_small_maps_lose_energy_at_the_borders_not_in_the_middle():
             for _ in range(8)
         )
     )
-    assert_predicted(net, randn(64, 256, 7, 7), "01234567", mean=0.1, std=0.15, gradient=0.25)
+    assert_predicted(net, randn(64, 256, 7, 7), "01234567", mean=0.1, std=0.2, gradient=0.25)
 
 
 @pytest.mark.parametrize("pad", [nn.ZeroPad2d(2), nn.ConstantPad2d(1, 2.0), nn.ReflectionPad2d(2)])
