@@ -240,15 +240,23 @@ def folds(model: nn.Module, small: int, other: int) -> dict[str, Any]:
     start = time.perf_counter()
     folded = normprop.fold(model, verify=torch.randn(1, 3, small, small))
     seconds = time.perf_counter() - start
-    errors = []
+    errors, rounding, single = [], 0.0, copy.deepcopy(model)
+    model.double()
     for size in {small, other}:
         x = torch.randn(1, 3, size, size)
-        errors.append(gap(folded(x), model(x)))
-    model.double()
+        y = single(x)
+        errors.append(gap(folded(x), y))
+        rounding = max(rounding, gap(y, model(x.double())))
     x = torch.randn(1, 3, small, small, dtype=torch.float64)
     exact = gap(normprop.fold(model, verify=x)(x), model(x))
     ours = [n for n, m in folded.named_modules() if type(m).__module__.startswith("normprop")]
-    return {"seconds": seconds, "float32": max(errors), "float64": exact, "ours": ours}
+    return {
+        "seconds": seconds,
+        "float32": max(errors),
+        "rounding": rounding,
+        "float64": exact,
+        "ours": ours,
+    }
 
 
 def step(model: nn.Module, x: Tensor) -> bool:

@@ -402,6 +402,29 @@ def test_verify_compares(monkeypatch):
         fold(net, verify=x.float())
 
 
+def test_verify_knows_the_models_own_rounding(monkeypatch):
+    def amplify(self, x):
+        return torch.sin(3e4 * self.layer(x)), x  # float32 keeps three digits of it
+
+    net, x = Code(amplify, layer=conv(3)).float(), randn(2, 3, 9, 9).float()
+    folded = fold(net, verify=x)
+    gap = float((folded(x)[0] - net(x)[0]).detach().abs().max())
+    assert 1e-4 < gap < 0.1
+    compute = folding._plain_layer
+
+    def wrong(layer):
+        plain, *rest = compute(layer)
+        with torch.no_grad():
+            plain.weight.mul_(1.001)
+        return plain, *rest
+
+    monkeypatch.setattr(folding, "_plain_layer", wrong)
+    with pytest.raises(
+        FoldError, match=r"differs from the model by \S+ of the largest output \(limit \de-02"
+    ):
+        fold(net, verify=x)
+
+
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         fold("resnet18")
