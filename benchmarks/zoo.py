@@ -198,7 +198,7 @@ def signals(model: nn.Module, x: Tensor) -> dict[str, float]:
 
 def gradient(model: nn.Module, size: int) -> dict[str, float]:
     """L2 norm of the gradient of the first over the last convolution's output map."""
-    measured = normprop.measure(model, torch.randn(2, 3, size, size))
+    measured = normprop.measure(model, torch.randn(8, 3, size, size))  # of 2 it varies by 12 %
     assert measured.predicted is not None
     place = [i for i, r in enumerate(measured.records) if "Conv" in r.op]
     ratios = [

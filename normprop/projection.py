@@ -140,7 +140,7 @@ class _TrustRegion:
                 if name == "weight":
                     start, end = (row_view(t, layer.transposed, layer.groups) for t in (start, p))
                     share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
-                end.copy_(torch.lerp(start, end, share))
+                torch.lerp(start, end, share, out=end)
         project_(self.model)
 
 
