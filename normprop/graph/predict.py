@@ -349,9 +349,8 @@ class Walk:
         )
         self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
-        small = not transposed and 0 < fan_in <= SMALL_FAN_IN
-        z = Signal.gaussian()
-        if 0 < fan_in <= SMALL_FAN_IN:
+        z, small = Signal.gaussian(), 0 < fan_in <= SMALL_FAN_IN
+        if small:
             self.notes[node] = f"fan_in {fan_in}: a sum of few terms, not Gaussian"
             every = max(1, len(length) // 8)
             few = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)[::every][:8]
