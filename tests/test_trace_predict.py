@@ -345,6 +345,14 @@ def test_what_a_maximum_never_takes_is_no_value():
     assert [round(r.mean, 3) for r in found][1:] == [0, 1.485]
 
 
+def test_unbatched_maps_and_learned_activations():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.PReLU(16), nn.Conv2d(16, 16, 3, padding=1))
+    one, many = predict(net, randn(8, 9, 9)), predict(net, randn(64, 8, 9, 9))
+    assert [r.std for r in one] == pytest.approx([r.std for r in many], rel=0.06)
+    assert_predicted(net, randn(64, 8, 9, 9), "012", mean=0.1, std=0.05, gradient=0.05)
+
+
 def test_plain_nets():
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -222,7 +222,10 @@ class Walk:
         def step(values: Tensor) -> Tensor:
             if module is not None:
                 exact = copy.deepcopy(module).to("cpu", torch.float64)
-                return exact(values[:, None]).mean(1) if activations.is_learned(exact) else exact(values)
+                if not activations.is_learned(exact):
+                    return exact(values)
+                channels = max(p.numel() for p in exact.parameters())
+                return exact(values[:, None].expand(-1, channels)).mean(1)
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values)
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -361,7 +364,9 @@ class Walk:
                 relative = _even_out(energy)
                 z = z.times(Signal.of(relative.sqrt(), bins=9))
                 slopes = self._by_place(node, relative, Signal.gaussian(), lambda u: finish(u * std + mean))
-            self.spreads[node] = lambda place: taps.spread(place * slopes)
+            self.spreads[node] = lambda place: taps.spread(
+                place * slopes if place.shape == slopes.shape else slopes
+            )
         result, passing = through_channels(z.values, z.weights, std, mean, finish, length)
         if small:
             sums, slope = _with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
@@ -717,7 +722,8 @@ def positions(node: fx.Node) -> tuple[int, ...]:
 
 def _taps(node: fx.Node, layer: Any) -> _Taps | None:
     """Where a convolution's outputs read, if its map has positions and its padding is zeros."""
-    size, before = getattr(layer, "kernel_size", ()), positions(tensor_inputs(node)[0])
+    size = getattr(layer, "kernel_size", ())
+    before, after = ((shape(n) or ())[-len(size) :] for n in (tensor_inputs(node)[0], node))
     if not size or len(before) != len(size) or getattr(layer, "padding_mode", "zeros") != "zeros":
         return None
     padding = layer.padding
@@ -728,9 +734,8 @@ def _taps(node: fx.Node, layer: Any) -> _Taps | None:
     elif isinstance(padding, (str, int)):
         padding = [padding if isinstance(padding, int) else 0] * len(size)
     taps = _Taps(before, size, layer.stride, padding, layer.dilation)
-    return (
-        taps if taps.inside.shape == positions(node) else None
-    )  # an even kernel's "same" padding is lopsided
+    # An even kernel's "same" padding is lopsided.
+    return taps if taps.inside.shape == after else None
 
 
 @dataclass(frozen=True)
