@@ -211,7 +211,8 @@ def batch_size(result: Row, path: Path) -> None:
         axis.legend(frameon=False, fontsize=8)
         if result["rows"]:
             row = result["rows"][0]
-            note = f"{_network(row)}, {row['epochs']} epochs, {len(_groups(result['rows'], 'seed'))} seeds"
+            seeds = len(_groups(result["rows"], "seed"))
+            note = f"{_network(row)}, {row['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
             figure.suptitle(_title(result, f"{note}; bars: standard deviation"), fontsize=10)
 
 
