@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normprop import activations, gaussian
-from normprop.functional import along
+from normprop.functional import affine, along
 from normprop.signal import Signal, gaussian_nodes
 
 Shapes = Sequence[Sequence[int]] | None
@@ -1291,7 +1291,7 @@ def standardize(x: Tensor, mean: float, std: float) -> Tensor:
         >>> standardize(torch.tensor([3.0]), 1.0, 4.0)
         tensor([0.5000])
     """
-    return torch.rsub(x, -mean / std, alpha=-1 / std)
+    return affine(x, 1 / std, -mean / std)
 
 
 class Standardize(nn.Module):

@@ -827,3 +827,17 @@ def test_tracing_and_meta_construction():
     with torch.device("meta"):
         assert normprop.NormPropLinear(3, 4, activation="gelu").weight.is_meta
         assert "meta" in repr(normprop.GlobalDataNorm((3,)))
+
+
+def test_affine_is_rsub_with_one_pass_back():
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def affine(x):
+        return functional.affine(x, -1.7, 0.3)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(affine(x.to(dtype)), torch.rsub(x.to(dtype), 0.3, alpha=1.7))
+    assert gradgradcheck(affine, x)
+    assert gradcheck(affine, x)
+    assert torch.equal(torch.func.vmap(affine)(x), affine(x))
+    assert type(affine(x).grad_fn).__name__ == "_AffineBackward"
