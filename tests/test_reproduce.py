@@ -33,6 +33,7 @@ TINY = Protocol(
     Run("cnn", width=0.25, batch_size=64, epochs=2, data_norm="batch", train_images=128),
     seeds=1,
     short={"train_images": 64, "epochs": 1},
+    batches={"train_images": 64, "epochs": 1},
     search={"train_images": 256, "epochs": 1, "validation": 100},
     final={},
     table={"": {}},
@@ -161,7 +162,7 @@ from normprop.recipes import claims
 from normprop.recipes.train import Run
 claims.PROTOCOLS["tiny"] = claims.Protocol(
     "tiny", Run("cnn", width=0.25, batch_size=64, epochs={epochs}, data_norm="batch", train_images=128), 1,
-    {{}}, {{}}, {{}}, {{"": {{}}}},
+    {{}}, {{}}, {{}}, {{}}, {{"": {{}}}},
 )
 if __name__ == "__main__":
     from normprop.cli import main
