@@ -108,12 +108,7 @@ class Signal:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> tuple[Signal, float]:
         """The signal behind an element-wise function, and E[f'^2]."""
-        with torch.enable_grad():
-            x = self.values.clone().requires_grad_()
-            y = function(x * 1.0)  # not a leaf: in-place functions may have it
-            slope = torch.zeros_like(x)
-            if y.requires_grad:
-                (slope,) = torch.autograd.grad(y.sum(), x)
+        y, slope = with_slope(function, self.values)
         return Signal.of(y, self.weights), float((self.weights * slope.square()).sum())
 
     def affine(self, scale: float, shift: float = 0.0) -> Signal:
@@ -172,6 +167,17 @@ class Signal:
             return parts[0]
         weights = [part.weights * share for part, share in zip(parts, shares, strict=True)]
         return Signal.of(torch.cat([part.values for part in parts]), torch.cat(weights))
+
+
+def with_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """An element-wise function's values, and its derivative there."""
+    with torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        y = function(x * 1.0)  # not a leaf: in-place functions may have it
+        slope = torch.zeros_like(x)
+        if y.requires_grad:
+            (slope,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), slope
 
 
 def gaussian_nodes(count: int) -> tuple[Tensor, Tensor]:

@@ -425,6 +425,17 @@ def test_verify_knows_the_models_own_rounding(monkeypatch):
         fold(net, verify=x)
 
 
+def test_every_output_keeps_its_own_limit(monkeypatch):
+    def two(self, x):
+        return self.layer(x), self.layer(x).double()
+
+    net, x = Code(two, layer=conv(3)).float(), randn(2, 3, 9, 9).float()
+    fold(net.double(), verify=x.double())
+    monkeypatch.setattr(folding, "_LIMITS", {torch.float32: 1e-4, torch.float64: 0.0})
+    with pytest.raises(FoldError, match=r"limit 0e\+00"):
+        fold(net.float(), verify=x)  # rounding of float32, seen in a float64 output
+
+
 def test_not_a_module():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         fold("resnet18")

@@ -26,7 +26,7 @@ from normprop.graph.trace import key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import Record, SignalTrace
-from normprop.signal import Signal, gaussian_nodes
+from normprop.signal import Signal, gaussian_nodes, with_slope
 
 # How a gradient's mean square passes to an input: a factor, or a function from its density over the
 # output's values to that over the input's (a number where it is the same for all).
@@ -244,13 +244,7 @@ class Walk:
 
     def _through(self, signal: Signal, function: Callable[[Tensor], Tensor]) -> Result:
         """An element-wise function, and how the gradient passes it, element by element."""
-        with torch.enable_grad():
-            x = signal.values.clone().requires_grad_()
-            y = function(x * 1.0)
-            slope = torch.zeros_like(x)
-            if y.requires_grad:
-                (slope,) = torch.autograd.grad(y.sum(), x)
-        y = y.detach()
+        y, slope = with_slope(function, signal.values)
         result = Signal.of(y, signal.weights)
         return result, [lambda density: slope.square() * _interpolate(y, result.values, density)]
 
@@ -320,7 +314,7 @@ class Walk:
         coarse, relative = Signal.of(read.values, read.weights, 65), energy.sqrt()
         levels = Signal.of(relative, bins=9).values
         u = coarse.mean + (coarse.values - coarse.mean)[:, None] * levels
-        y, slope = _with_slope(function, u.reshape(-1, 1))
+        y, slope = with_slope(function, u.reshape(-1, 1))
         square, slope = (
             coarse.weights @ t.square().mean(1).view(len(coarse.values), -1) for t in (y, slope)
         )
@@ -369,7 +363,7 @@ class Walk:
             )
         result, passing = through_channels(z.values, z.weights, std, mean, finish, length)
         if small:
-            sums, slope = _with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
+            sums, slope = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
             sums, square = (t[:, ::every][:, :8].contiguous() for t in (sums, slope.square()))
 
         def through(density: Tensor) -> Tensor | float:
@@ -664,7 +658,7 @@ def through_channels(
     elif len(values) * len(scale) > 2_000_000:  # a coarser grid for each of many channels
         coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))
         values, weights = coarse.values, coarse.weights
-    y, slope = _with_slope(function, values[:, None] * scale + shift)
+    y, slope = with_slope(function, values[:, None] * scale + shift)
     spread = (weights / weights.sum())[:, None].expand_as(y) / y.shape[1]
     result = Signal.of(y, spread)
     nearest = torch.searchsorted(result.values, y.flatten()).clamp(max=len(result.values) - 1)
@@ -672,16 +666,6 @@ def through_channels(
         0, nearest, (spread * (slope * size).square()).flatten()
     )
     return result, lambda density: float((squares * density).sum())
-
-
-def _with_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        y = function(x * 1.0)  # not a leaf: in-place functions may have it
-        slope = torch.zeros_like(x)
-        if y.requires_grad:
-            (slope,) = torch.autograd.grad(y.sum(), x)
-    return y.detach(), slope
 
 
 _FEW_NODES = 257  # of a sum of few terms, from -8.5 to 8.5 of its standard deviations
