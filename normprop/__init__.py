@@ -20,7 +20,11 @@ Read in this order:
 
 from normprop import functional as functional, testing as testing
 from normprop.activations import Moments as Moments, moments as moments
-from normprop.data_norm import BatchDataNorm as BatchDataNorm, GlobalDataNorm as GlobalDataNorm
+from normprop.data_norm import (
+    BatchDataNorm as BatchDataNorm,
+    GlobalDataNorm as GlobalDataNorm,
+    WhiteningDataNorm as WhiteningDataNorm,
+)
 from normprop.diagnostics import measure as measure
 from normprop.functional import (
     PAPER as PAPER,

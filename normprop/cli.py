@@ -85,7 +85,7 @@ if typer is not None:
     DataNorm = Annotated[
         str,
         typer.Option(
-            help="channel, global (per pixel, as the paper), batch (per pixel, of the input batch) or none."
+            help="channel, whitening, global (per pixel, as the paper), batch (per pixel, by the batch) or none."
         ),
     ]
     Flip = Annotated[bool, typer.Option("--flip", help="Mirror half of the training images.")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -174,6 +175,151 @@ class GlobalDataNorm(nn.Module):
         return f"{tuple(self.mean.shape)}, count={count}"
 
 
+class WhiteningDataNorm(nn.Module):
+    """Takes mean, spread and most of the correlation out of data, by filters fitted once.
+
+    NormProp's formulas assume inputs of covariance I. The paper (sec. 4.1) calls whitening the ideal and
+    normalises each element instead, which is cheaper; with one zero-phase (ZCA) filter a channel for all
+    positions whitening is cheap too, at any image size. Derivation: docs/method.md, section 8.
+
+    Args:
+        channels: Of the data, dim 1.
+        kernel_size: Of the filters, an odd number for each spatial dimension; ``()`` for ``(N, C)``.
+
+    Attributes:
+        norm: The :class:`GlobalDataNorm` per channel that comes first.
+        weight: The filters, shape ``(channels, channels, *kernel_size)``.
+
+    Shape:
+        ``(N, channels, *)`` to the same. Borders are mirrored.
+
+    Example:
+        >>> x = torch.randn(1000, 2) @ torch.tensor([[1.0, 0.9], [0.0, 0.4]])
+        >>> torch.allclose(WhiteningDataNorm.fit(x, eps=0.0)(x).T.cov(), torch.eye(2), atol=1e-2)
+        True
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int, kernel_size: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.norm = GlobalDataNorm((channels, *[1] * len(kernel_size)))
+        self.register_buffer("weight", torch.zeros(channels, channels, *kernel_size))
+
+    @classmethod
+    def fit(cls, data: Any, kernel_size: int = 9, eps: float = 0.1) -> WhiteningDataNorm:
+        """Three passes over the data: mean and std of each channel, correlations, std of what comes out.
+
+        Args:
+            data: As for :meth:`GlobalDataNorm.fit`, but nothing that can be read only once. A few
+                thousand images are enough.
+            kernel_size: Of the filters on each spatial axis, odd; less where the data is smaller.
+            eps: Added to the variance of every direction, 1 being the average one. Directions with less
+                variance are mostly noise, and are not blown up to 1.
+
+        Returns:
+            The fitted module.
+
+        Raises:
+            ValueError: As :meth:`GlobalDataNorm.fit`; if ``data`` can be read only once, ``kernel_size`` is
+                even or ``eps`` negative.
+            TypeError: As :meth:`GlobalDataNorm.fit`.
+        """
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd and at least 1, got {kernel_size}")
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be a number of at least 0, got {eps}")
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"data is read three times, and a {type(data).__name__} can be read only once; pass a tensor, "
+                "a DataLoader or a list"
+            )
+        norm = GlobalDataNorm.fit(data, per="channel")
+        reach: list[int] = []
+        sums = counts = torch.zeros(())
+        batches = [data] if isinstance(data, Tensor) else data
+        for batch in batches:
+            x = first_tensor(batch).detach()
+            for part in x.split(max(1, 2**22 // max(1, x[:1].numel()))) if len(x) else ():
+                part = norm(part.double())
+                part = part if part.ndim > 2 else part.unsqueeze(-1)
+                reach = reach or [min(kernel_size, size - 1 + size % 2) - 1 for size in part.shape[2:]]
+                products = _products_at_lags(part, reach)
+                sums, counts = sums + products[0], counts + products[1]
+        weight = _whitening_filters(sums / counts.clamp_min(1), eps)
+        weight = weight if norm.mean.ndim > 1 else weight.squeeze(-1)
+        result = cls(len(weight), weight.shape[2:]).to(weight.device)
+        result.norm = norm
+        result.weight.copy_(weight)
+        out = GlobalDataNorm.fit((result(first_tensor(batch)) for batch in batches), per="channel")
+        alive = out.std > 1e-6  # 1 where there is anything, rounding where not
+        result.weight.div_(torch.where(alive, out.std, 1.0).view(-1, *[1] * (weight.ndim - 1)))
+        return result
+
+    @property
+    def margins(self) -> list[int]:
+        """By how much each border is mirrored, as ``torch.nn.functional.pad`` takes it."""
+        return [size // 2 for size in reversed(self.weight.shape[2:]) for _ in range(2)]
+
+    @property
+    def operation(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """The linear map or convolution that applies the filters."""
+        return (F.linear, F.conv1d, F.conv2d, F.conv3d)[self.weight.ndim - 2]
+
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.norm(input)
+        padded = F.pad(x, self.margins, mode="reflect") if self.margins else x
+        return self.operation(padded, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, kernel_size={tuple(self.weight.shape[2:])}"
+
+
+def _products_at_lags(x: Tensor, reach: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Sums over n and p of ``x[n, a, p] * x[n, b, p + lag]``, and of how many, for lags from -reach to reach.
+
+    By the discrete Fourier transform, with as many zeros behind the map as keep it from wrapping around.
+
+    Returns:
+        Shapes ``(C, C, *lags)`` and ``lags``, lag 0 in the middle.
+    """
+    dims = tuple(range(2, x.ndim))
+    padded = [size + far for size, far in zip(x.shape[2:], reach, strict=True)]
+    spectrum = torch.fft.rfftn(x, padded, dims)
+    sums = torch.fft.irfftn(torch.einsum("na...,nb...->ab...", spectrum.conj(), spectrum), padded, dims)
+    counts = torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)
+    for dim, size, far in zip(dims, x.shape[2:], reach, strict=True):
+        sums = sums.roll(far, dim).narrow(dim, 0, 2 * far + 1)
+        lag = torch.arange(-far, far + 1, device=x.device)
+        counts = counts[..., None] * (size - lag.abs()).clamp_min(0)
+    return sums, counts
+
+
+def _whitening_filters(correlation: Tensor, eps: float) -> Tensor:
+    """For each channel the row of (T + eps I)^(-1/2) at the patch's centre, T the correlation of patches.
+
+    Args:
+        correlation: Shape ``(C, C, *lags)``.
+        eps: What is added to T's eigenvalues.
+
+    Returns:
+        Shape ``(C, C, *kernel)``, kernel = (lags + 1) / 2.
+    """
+    channels = len(correlation)
+    kernel = [(lags + 1) // 2 for lags in correlation.shape[2:]]
+    axes = torch.meshgrid([torch.arange(size) for size in kernel], indexing="ij")
+    place = torch.stack(axes, -1).view(-1, len(kernel))
+    lag = place[None, :] - place[:, None] + torch.tensor(kernel) - 1
+    where: tuple[Any, ...] = (slice(None), slice(None), *lag.unbind(-1))
+    patches = correlation[where]  # channel, channel, place, place
+    matrix = patches.transpose(1, 2).reshape(channels * len(place), channels * len(place))
+    values, vectors = torch.linalg.eigh(matrix)
+    values = values.clamp_min(0) + eps
+    scale = torch.where(values > 1e-9, values.rsqrt(), 0.0)
+    rows = ((vectors * scale) @ vectors.T).view(channels, len(place), -1)[:, len(place) // 2]
+    return rows.reshape(channels, channels, *kernel)
+
+
 class BatchDataNorm(nn.Module):
     """Normalises the INPUT batch per element; a running estimate serves for eval (the paper's second choice).
 
@@ -230,3 +376,6 @@ class BatchDataNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.shape}, momentum={self.momentum}"
+
+
+DATA_NORMS = (GlobalDataNorm, WhiteningDataNorm, BatchDataNorm)

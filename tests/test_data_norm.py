@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from normprop import BatchDataNorm, GlobalDataNorm
+from normprop import BatchDataNorm, GlobalDataNorm, WhiteningDataNorm, data_norm
 
 IMAGES = torch.randn(50, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 3 + 7
 AXES = {"element": 0, "channel": (0, 2, 3)}
@@ -240,3 +241,106 @@ def test_a_dataset_of_single_samples_and_a_wrong_shape_are_refused():
         norm(torch.zeros(2, 1, 4, 4))  # would broadcast
     per_channel = GlobalDataNorm.fit(data, per="channel")
     assert per_channel(torch.zeros(2, 3, 9, 7)).shape == (2, 3, 9, 7)
+
+
+def blurred(*shape, seed=0):
+    """Images whose neighbours and channels are correlated, mean 40."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    for dim in range(2, x.ndim):
+        x = x + x.roll(1, dim) + 0.5 * x.roll(2, dim)
+    return 10 * (x + 0.8 * x[:, :1]) + 40
+
+
+def by_patches(x, kernel, eps):
+    """The filters from the correlation of all patches, cut out one by one."""
+    x = x.double()
+    x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True, correction=0)
+    patches = F.unfold(x, kernel).transpose(1, 2).reshape(-1, x.shape[1] * kernel**2)
+    matrix = patches.T @ patches / len(patches)
+    values, vectors = np.linalg.eigh(matrix.numpy())
+    root = torch.from_numpy(vectors @ np.diag((values + eps) ** -0.5) @ vectors.T)
+    rows = root.view(x.shape[1], kernel, kernel, -1)[:, kernel // 2, kernel // 2]
+    return rows.view(x.shape[1], x.shape[1], kernel, kernel)
+
+
+def test_whitening_filters_are_those_of_the_correlation_of_patches():
+    data = blurred(400, 3, 24, 24)
+    data = torch.cat([data, data.flip(2), data.flip(3), data.flip(2, 3)])
+    norm = WhiteningDataNorm.fit(data.split(300), kernel_size=5, eps=0.1)
+    # Patches do not reach the border as often as all pairs at a lag do: they differ by sampling.
+    expected = by_patches(data, 5, 0.1)
+    lengths = [w.square().sum((1, 2, 3), keepdim=True).sqrt() for w in (norm.weight.double(), expected)]
+    torch.testing.assert_close(norm.weight / lengths[0], expected / lengths[1], rtol=0, atol=3e-3)
+
+
+def test_correlations_at_lags_are_counted_sums():
+    x = torch.randn(3, 2, 4, 5, dtype=torch.float64)
+    sums, counts = data_norm._products_at_lags(x, [2, 3])
+    for i in range(-2, 3):
+        for j in range(-3, 4):
+            here = x[:, :, max(0, -i) : 4 - max(0, i), max(0, -j) : 5 - max(0, j)]
+            there = x[:, :, max(0, i) : 4 + min(0, i), max(0, j) : 5 + min(0, j)]
+            expected = torch.einsum("nahw,nbhw->ab", here, there)
+            torch.testing.assert_close(sums[:, :, i + 2, j + 3], expected)
+            assert counts[i + 2, j + 3] == here[:, 0].numel()
+
+
+@pytest.mark.parametrize("shape", [(500, 3, 40), (200, 3, 16, 16), (60, 2, 9, 10, 11), (500, 3)])
+def test_whitened_data_is_uncorrelated(shape):
+    data = blurred(*shape)
+    norm = WhiteningDataNorm.fit(data, eps=1e-3)
+    y = norm(data).double()
+    assert y.shape == data.shape
+
+    def correlations(x):
+        x = (x - x.mean()).transpose(0, 1)
+        pairs = [x[:, :, 1:] * x[:, :, :-1]] if x.ndim > 2 else []  # neighbours, then channels
+        return [abs(float(p.mean() / x.square().mean())) for p in [*pairs, x[0] * x[1]]]
+
+    assert min(correlations(data.double())) > 0.5
+    assert max(correlations(y)) < 0.12
+    assert abs(float(y.mean())) < 0.05
+    torch.testing.assert_close(float(y.std()), 1.0, rtol=0, atol=1e-3)
+
+
+def test_whitening_takes_what_a_data_norm_takes():
+    data = blurred(40, 3, 6, 7)
+    norm = WhiteningDataNorm.fit(DataLoader(TensorDataset(data, torch.arange(40)), batch_size=7))
+    assert norm.weight.shape == (3, 3, 5, 7)  # the largest odd sizes that the images have
+    torch.testing.assert_close(norm(data), WhiteningDataNorm.fit(data)(data), rtol=0, atol=1e-5)
+    assert norm(data[:1].to(torch.uint8)).dtype == torch.float32
+    torch.testing.assert_close(norm(data[:1]), norm(data)[:1])
+    assert norm(data[..., :4]).shape == (40, 3, 6, 4)
+    twin = WhiteningDataNorm(3, (5, 7))
+    twin.load_state_dict(norm.state_dict())
+    assert torch.equal(twin(data), norm(data))
+    assert repr(norm).startswith("WhiteningDataNorm(\n  3, kernel_size=(5, 7)")
+    assert WhiteningDataNorm.fit(data, kernel_size=1).weight.shape == (3, 3, 1, 1)
+
+
+def test_what_never_changes_is_whitened_to_nothing():
+    data = blurred(50, 3, 8, 8)
+    data[:, 1] = 4.0
+    y = WhiteningDataNorm.fit(data, eps=0.0)(data)
+    assert y.isfinite().all()
+    assert y[:, 1].abs().max() < 1e-6
+    torch.testing.assert_close(y[:, ::2].std(), torch.tensor(1.0), rtol=0, atol=1e-3)
+
+
+def test_whitening_refuses():
+    data = blurred(10, 3, 4, 4)
+    with pytest.raises(ValueError, match="kernel_size must be odd and at least 1, got 4"):
+        WhiteningDataNorm.fit(data, kernel_size=4)
+    for eps in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="eps must be a number of at least 0"):
+            WhiteningDataNorm.fit(data, eps=eps)
+    with pytest.raises(
+        ValueError, match="data is read three times, and a list_iterator can be read only once"
+    ):
+        WhiteningDataNorm.fit(iter([data]))
+    with pytest.raises(ValueError, match="no data"):
+        WhiteningDataNorm.fit(data[:0])
+    with pytest.raises(ValueError, match="NaN"):
+        WhiteningDataNorm.fit(torch.full((4, 3, 8, 8), torch.nan))
+    with pytest.raises(ValueError, match=r"expected \(N, 3, 1, 1\)"):
+        WhiteningDataNorm.fit(data)(torch.zeros(2, 1, 4, 4))

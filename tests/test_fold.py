@@ -32,6 +32,7 @@ from normprop import (
     NormPropLinear,
     NormRule,
     Standardize,
+    WhiteningDataNorm,
     activations,
     convert,
     fold,
@@ -346,13 +347,28 @@ def test_several_inputs():
     torch.testing.assert_close(fold(net, verify=inputs)(*inputs), net.eval()(*inputs))
 
 
-@pytest.mark.parametrize("per", ["element", "channel"])
+DATA_ENDS = {
+    "element": GlobalDataNorm.fit,
+    "channel": lambda data: GlobalDataNorm.fit(data, per="channel"),
+    "whitening": WhiteningDataNorm.fit,
+}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pixels"), [(torch.float32, torch.uint8), *((dtype, dtype) for dtype in LIMIT)]
+)
+@pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("padding", [0, 1])
-def test_the_data_norm_goes_in_front(per, padding):
-    data = 3 + 2 * randn(64, 3, 8, 8)
-    norm = GlobalDataNorm.fit(data, per=per).double()
-    net = nn.Sequential(norm, NormPropConv2d(3, 4, 3, padding=padding), conv())
-    assert_folds(trained(net), data[:4])
+@pytest.mark.parametrize("end", DATA_ENDS)
+def test_the_data_norm_goes_in_front(end, padding, verify, dtype, pixels):
+    data = (100 + 30 * randn(64, 3, 8, 8)).to(pixels)
+    net = nn.Sequential(DATA_ENDS[end](data), NormPropConv2d(3, 4, 3, padding=padding), conv())
+    net, x = trained(net, dtype).eval(), data[:4]
+    folded = fold(net, verify=x if verify else None)
+    expected = net(x).detach()
+    torch.testing.assert_close(folded(x), expected, rtol=0, atol=LIMIT[dtype] * float(expected.abs().max()))
+    assert folded(x).dtype == dtype
+    nothing_of_ours(folded)
 
 
 @pytest.mark.parametrize("dtype", LIMIT)

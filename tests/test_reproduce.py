@@ -108,7 +108,10 @@ def test_beyond_tests_at_the_step_size_that_did_best_on_held_out_images(tmp_path
     result = reproduce("beyond", out=tmp_path, **DIGITS)
     final = [row for row in result["rows"] if row["stage"] == "final"]
     assert {(row["label"], row["model"]) for row in final} == {
-        (label, model) for label in ("normprop, recommended", "batch") for model in ("cnn", "resnet20")
+        (f"{label}{data}", model)
+        for label in ("normprop, recommended", "batch")
+        for data in ("", ", whitened")
+        for model in ("cnn", "resnet20")
     }
     for row in final:
         rivals = [r for r in result["rows"] if r["stage"] == "selection" and r["status"] == "ok"]

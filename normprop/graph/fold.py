@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normprop import activations, functional, merges, modules
-from normprop.data_norm import BatchDataNorm, GlobalDataNorm
+from normprop.data_norm import DATA_NORMS, BatchDataNorm, WhiteningDataNorm
 from normprop.graph import trace as tracing
 from normprop.graph.trace import has, key, place, shape, tensor_inputs
 
@@ -189,7 +189,7 @@ class _Folder:
         module = tracing.module_of(self.source, node)
         if isinstance(module, modules.NormalizedActivation):
             return self.activation_module(node, module)
-        if isinstance(module, (GlobalDataNorm, BatchDataNorm)):
+        if isinstance(module, DATA_NORMS):
             return self.data_norm(node, module)
         ours = isinstance(module, tracing.WEIGHT_LAYERS) and hasattr(module, "rule")
         if ours or (tracing.is_weight_layer(module) and not tracing.is_parametrized(module)):  # type: ignore
@@ -289,16 +289,25 @@ class _Folder:
         return _Value(self.call(F.threshold, held.node, level, level), held.a, held.b)
 
     def data_norm(self, node: fx.Node, module: Any) -> _Value:
-        """The data's mean and std, as buffers."""
+        """The data's mean and std, and filters if there are any, as buffers."""
         path, source = str(node.target), self.value(tensor_inputs(node)[0])
-        if isinstance(module, GlobalDataNorm):
-            mean, std = module.mean, torch.where(module.std > 0, module.std, 1.0)
-        else:
+        if isinstance(module, BatchDataNorm):
             mean, std = (
                 v.view(module.shape) for v in (module.running_mean, (module.running_var + 1e-8).sqrt())
             )
+        else:
+            norm = module.norm if isinstance(module, WhiteningDataNorm) else module
+            mean, std = norm.mean, torch.where(norm.std > 0, norm.std, 1.0)
         names = [self.buffer(f"{path}_{n}", v) for n, v in (("mean", mean), ("std", std))]
-        return _Value(self.call(torch.div, self.call(torch.sub, source, names[0]), names[1]))
+        value = self.call(torch.div, self.call(torch.sub, source, names[0]), names[1])
+        dtype = next((p.dtype for p in self.source.parameters()), torch.get_default_dtype())
+        value = self.graph.call_method("to", (value, dtype))
+        if isinstance(module, WhiteningDataNorm):
+            weight = self.buffer(f"{path}_weight", module.weight.to(dtype))
+            if margins := module.margins:
+                value = self.call(F.pad, value, margins, "reflect")
+            value = self.call(module.operation, value, weight)
+        return _Value(value)
 
     def adaptive_max_pool(self, node: fx.Node, module: Any) -> _Value:
         """Its windows depend on the input's size: the constants are those of the example's."""

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import grad as input_gradients
 
 from normprop import activations, functional
-from normprop.data_norm import BatchDataNorm, GlobalDataNorm
+from normprop.data_norm import DATA_NORMS
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, Standardize
@@ -139,7 +139,7 @@ class Walk:
         if tracing.weight_source(self.graph_module, node) is not None:
             self.roots[node] = frozenset([node])
             return self._weight_layer(node, first, len(inputs))
-        if isinstance(module, (GlobalDataNorm, BatchDataNorm)):
+        if isinstance(module, DATA_NORMS):
             return Signal.gaussian(), [1.0]
         if isinstance(module, NormalizedActivation):
             return self._normalized_activation(node, module, inputs[0])

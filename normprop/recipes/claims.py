@@ -27,6 +27,10 @@ VARIANTS: dict[str, dict[str, str]] = {
     "normprop, recommended": {"norm": "normprop", "rule": "recommended"},
     **{norm: {"norm": norm} for norm in NORMS if norm != "normprop"},
 }
+WHITENED = {
+    f"{name}, whitened": VARIANTS[name] | {"data_norm": "whitening"}
+    for name in ("normprop, recommended", "batch")
+}
 NORMPROP = ("normprop, paper", "normprop, recommended")
 BATCH_SIZES = (1, 2, 4, 8, 16, 50, 100, 250)
 LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -72,8 +76,8 @@ class Protocol:
         return 0.08 if run.batch_size >= 100 else 0.05 * min(1.0, run.batch_size / 50)
 
     def run(self, variant: str, **changes: Any) -> Run:
-        """The base with a variant's norm and rule, its step size and trust radius, and ``changes``."""
-        run = replace(self.base, **(VARIANTS[variant] | changes))
+        """The base with ``changes``, a variant's norm, rule and data norm, its step size and trust radius."""
+        run = replace(self.base, **(changes | (VARIANTS | WHITENED)[variant]))
         if run.peak_radius is not None:
             run = replace(run, trust_radius=run.peak_radius)
         return run if "lr" in changes else replace(run, lr=self.lr(run))
@@ -212,7 +216,7 @@ def _step_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]
 
 def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     """First a step size for each model and norm, on held-out training images; then the runs that count."""
-    variants = ("normprop, recommended", "batch")
+    variants = ("normprop, recommended", "batch", *WHITENED)
     models: list[dict[str, Any]] = [
         {"model": protocol.base.model, "width": protocol.base.width},
         {"model": "resnet20", "width": 1.0},
@@ -355,7 +359,7 @@ CLAIMS = {
         ),
         Claim(
             "beyond",
-            "not in the paper: NormProp against BatchNorm, each at its own best step size",
+            "not in the paper: NormProp against BatchNorm, each at its own best step size; the same on whitened data",
             figures.beyond,
             _beyond,
             ("stage", "model", "lr"),

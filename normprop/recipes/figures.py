@@ -17,7 +17,13 @@ Row = dict[str, Any]
 Figure = Callable[[Row, Path], None]
 BANDS = "mean over seeds, band: 95 % confidence interval"
 
-VARIANT_COLORS = {**COLORS, "normprop, recommended": COLORS["normprop"], "normprop, paper": "#5b1a2e"}
+VARIANT_COLORS = {
+    **COLORS,
+    "normprop, recommended": COLORS["normprop"],
+    "normprop, paper": "#5b1a2e",
+    "normprop, recommended, whitened": "#e8743b",
+    "batch, whitened": "#56b4e9",
+}
 # Test error in percent, by data set and flips: Arpit et al. 2016, table 1.
 PAPER_ERRORS = {
     ("cifar10", False): {"normprop, paper": 9.11, "batch": 9.41},

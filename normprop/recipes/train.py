@@ -32,7 +32,7 @@ from normprop.recipes.models import build
 from normprop.recipes.results import environment, output_folder, write_json
 
 RULES = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
-DATA_NORMS = ("channel", "global", "batch", "none")
+DATA_NORMS = ("channel", "whitening", "global", "batch", "none")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 # Peak learning rates at batch 128, chosen on held-out training images (experiments/LOG.md).
 BASE_LR = {"normprop": 0.05, "batch": 0.1, "group": 0.1, "layer": 0.1, "weight": 0.02, "none": 0.02}
@@ -60,9 +60,9 @@ class Run:
         batch_size: Samples a step (and device).
         epochs: Passes over the data.
         lr: Peak learning rate of the schedule; None for :func:`default_lr`.
-        data_norm: ``"channel"`` (over the training set), ``"global"`` (per pixel, over the training
-            set: the paper's first choice), ``"batch"`` (per pixel, over the input batch: its second),
-            ``"none"``.
+        data_norm: ``"channel"`` (over the training set), ``"whitening"`` (the same, and uncorrelated),
+            ``"global"`` (per pixel, over the training set: the paper's first choice), ``"batch"`` (per
+            pixel, over the input batch: its second), ``"none"``.
         flip: Mirror half of the training images.
         seed: Of weights, order and flips.
         precision: Lightning's: ``"32-true"``, ``"bf16-mixed"``, ...
@@ -177,9 +177,13 @@ def network(run: Run, data: ImageData) -> nn.Module:
     torch.manual_seed(run.seed)
     model = build(run.model, data.shape, data.classes, run.norm, RULES[run.rule], run.width, run.activation)
     end: nn.Module = nn.Identity()
+    batches = data.train_x.split(1000)
     if run.data_norm in ("global", "channel"):
-        per = "element" if run.data_norm == "global" else "channel"
-        end = normprop.GlobalDataNorm.fit(((x,) for x in data.train_x.split(1000)), per=per)
+        end = normprop.GlobalDataNorm.fit(
+            batches, per="element" if run.data_norm == "global" else "channel"
+        )
+    elif run.data_norm == "whitening":
+        end = normprop.WhiteningDataNorm.fit(batches)
     elif run.data_norm == "batch":
         end = normprop.BatchDataNorm(data.shape)
     return nn.Sequential(OrderedDict(data_norm=end, model=model))
