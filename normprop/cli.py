@@ -337,7 +337,7 @@ if typer is not None:
         jobs: Annotated[int, typer.Option(help="Runs at once, each in a process of its own.")] = 1,
         device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
         only: Annotated[
-            str, typer.Option(help="Make only the runs with this text in their name, such as seed0.")
+            str, typer.Option(help="Make only the runs with these texts in their name: batch-w0.25,seed0.")
         ] = "",
         seeds: Annotated[
             int | None, typer.Option(help="How many, counted up from 0; by default the protocol's.")

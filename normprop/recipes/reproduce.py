@@ -130,10 +130,10 @@ class Study:
                 )
 
     def missing(self, only: str) -> list[Planned]:
-        """The runs with ``only`` in their key that are not finished."""
+        """The runs whose key has ``only`` in it that are not finished."""
         planned, rows = self.gather()
         finished = {row["key"] for row in rows if row["status"] != "partial"}
-        return [p for p in planned if only in self.key(p) and self.key(p) not in finished]
+        return [p for p in planned if _has(self.key(p), only) and self.key(p) not in finished]
 
     def collect(self) -> Row:
         """Write ``results.json`` from all run folders; what it holds."""
@@ -201,6 +201,11 @@ class Study:
                 )
 
 
+def _has(key: str, only: str) -> bool:
+    """Whether all of ``only``'s texts, with commas between, are in the key."""
+    return all(text in key for text in only.split(","))
+
+
 @contextmanager
 def _writable(out: Path, *more: Path) -> Iterator[None]:
     """Make the folders; a file system that refuses is bad input."""
@@ -253,7 +258,8 @@ def reproduce(
             runs of all claims.
         jobs: Runs at once, each in a process of its own.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        only: Make only the runs with this text in their key; all that are there are collected.
+        only: Make only the runs with this text, or all of these texts with commas between, in their key;
+            all that are there are collected.
         seeds: How many; by default the protocol's.
         console: Where progress and table are shown; None for nowhere.
 
@@ -277,7 +283,7 @@ def reproduce(
     if this.claim.measurement is not None:
         result = this.measure(device, lambda text: console.print(text) if console else None)
     else:
-        if not any(only in this.key(planned) for planned in this.gather()[0]):
+        if not any(_has(this.key(planned), only) for planned in this.gather()[0]):
             some = this.key(this.gather()[0][0])
             raise InputError(f"--only {only}: no run of {claim} has this in its name; one is called {some}")
         result = _train_missing(this, dataset, jobs, device, only, console)
