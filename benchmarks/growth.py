@@ -29,8 +29,7 @@ import torch
 from torch import nn
 
 from normprop.recipes.bench import TOLERANCE, Case, Contender, in_turn, paired
-from normprop.recipes.compare import COLORS
-from normprop.recipes.models import Blocks, _resnet
+from normprop.recipes.models import COLORS, Blocks, _resnet
 from normprop.recipes.results import environment, output_folder, write_json
 
 Row = dict[str, Any]

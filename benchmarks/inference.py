@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.recipes.bench import in_turn, paired
-from normprop.recipes.compare import COLORS
-from normprop.recipes.models import build
+from normprop.recipes.models import COLORS, build
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.train import RULES
 from normprop.recipes.zoo import load_model

@@ -25,15 +25,20 @@ from normprop.data_norm import (
     GlobalDataNorm as GlobalDataNorm,
     WhiteningDataNorm as WhiteningDataNorm,
 )
-from normprop.diagnostics import measure as measure
+from normprop.diagnostics import DataError as DataError, measure as measure
 from normprop.functional import (
     PAPER as PAPER,
     RECOMMENDED as RECOMMENDED,
     NormRule as NormRule,
 )
-from normprop.graph.convert import Conversion as Conversion, convert as convert
-from normprop.graph.fold import fold as fold
+from normprop.graph.convert import (
+    Conversion as Conversion,
+    ConversionError as ConversionError,
+    convert as convert,
+)
+from normprop.graph.fold import FoldError as FoldError, fold as fold
 from normprop.graph.predict import predict as predict
+from normprop.graph.trace import TraceError as TraceError
 from normprop.merges import (
     NormalizedAdaptiveAvgPool1d as NormalizedAdaptiveAvgPool1d,
     NormalizedAdaptiveAvgPool2d as NormalizedAdaptiveAvgPool2d,

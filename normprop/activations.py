@@ -41,7 +41,7 @@ class Moments(NamedTuple):
     jacobian: Any
 
 
-class Square(nn.Module):
+class ReLUSquared(nn.Module):
     """ReLU squared, ``max(z, 0)**2``, element-wise, any shape."""
 
     def forward(self, z: Tensor) -> Tensor:
@@ -78,11 +78,10 @@ class Activation:
         parameters: The module's attributes that ``phi``, ``kinks``, ``closed`` and
             ``negative_slope`` take, in order.
         kinks: From the parameters to the points where phi is not smooth.
-        closed: ``(mean, std, *parameters) -> (mean, var, slope)``; None in place of what has no
-            closed form.
+        closed: ``(mean, std, *parameters) -> (mean, var, slope)``; None if it takes quadrature.
         functions: Torch functions that mean it, with default parameters.
         arguments: How the name alone is built: arguments of ``module``.
-        negative_slope: From the parameters to a, for functions ``z if z > 0 else a*z`` with a <= 1;
+        negative_slope: From the parameters to a, for functions ``z if z > 0 else a*z`` with a in [0, 1];
             such layers need no operation for their constants (docs/method.md, section 4).
     """
 
@@ -107,10 +106,6 @@ def _at_zero(*_: Any) -> tuple[float, ...]:
 
 def _gelu(u: Tensor, approximate: str = "none") -> Tensor:
     return F.gelu(u, approximate=approximate)
-
-
-def _gelu_closed(mean: Tensor, std: Tensor, approximate: str) -> tuple[Any, Any, Any]:
-    return gaussian.gelu(mean, std) if approximate == "none" else (None, None, None)
 
 
 def _prelu(u: Tensor, weight: Tensor) -> Tensor:
@@ -138,7 +133,7 @@ TABLE: tuple[Activation, ...] = (
         kinks=_at_zero,
         closed=gaussian.piecewise_linear,
         functions=(F.leaky_relu, F.leaky_relu_),
-        negative_slope=lambda a: a if a <= 1 else None,
+        negative_slope=lambda a: a if 0 <= a <= 1 else None,
     ),
     Activation(
         "prelu",
@@ -175,7 +170,7 @@ TABLE: tuple[Activation, ...] = (
         closed=lambda m, s, alpha: gaussian.exponential_linear(m, s, alpha, alpha),
         functions=(F.celu, torch.celu, F.celu_, torch.celu_),
     ),
-    Activation("gelu", _gelu, nn.GELU, ("approximate",), closed=_gelu_closed, functions=(F.gelu,)),
+    Activation("gelu", _gelu, nn.GELU, ("approximate",), functions=(F.gelu,)),
     Activation("gelu_tanh", _gelu, nn.GELU, ("approximate",), arguments=(("approximate", "tanh"),)),
     Activation("silu", F.silu, nn.SiLU, functions=(F.silu,)),
     Activation("mish", F.mish, nn.Mish, functions=(F.mish,)),
@@ -207,7 +202,7 @@ TABLE: tuple[Activation, ...] = (
     Activation("softplus", F.softplus, nn.Softplus, ("beta", "threshold"), functions=(F.softplus,)),
     Activation("softsign", F.softsign, nn.Softsign, kinks=_at_zero, functions=(F.softsign,)),
     Activation("tanhshrink", F.tanhshrink, nn.Tanhshrink, functions=(F.tanhshrink,)),
-    Activation("relu_squared", relu_squared, Square, kinks=_at_zero, functions=(relu_squared,)),
+    Activation("relu_squared", relu_squared, ReLUSquared, kinks=_at_zero, functions=(relu_squared,)),
     Activation(
         "abs",
         torch.abs,
@@ -370,7 +365,7 @@ def plain_module(module: nn.Module) -> nn.Module:
 
 
 def negative_slope(module: nn.Module) -> float | None:
-    """a, if the module is ``z if z > 0 else a*z`` with a constant a <= 1; else None."""
+    """a, if the module is ``z if z > 0 else a*z`` with a constant a in [0, 1]; else None."""
     row = BY_MODULE.get(type(module))
     if row is None or row.negative_slope is None:
         return None
@@ -390,10 +385,8 @@ def _pieces(
         return module.phi, module.kinks, None
     row = BY_MODULE[type(module)]
     values = [getattr(module, name) for name in row.parameters]
-
-    def closed(mean: Tensor, std: Tensor) -> Any:
-        return row.closed(mean, std, *values) if row.closed else (None, None, None)
-
+    form = row.closed
+    closed = None if form is None else (lambda mean, std: form(mean, std, *values))
     return (lambda u: row.phi(u, *values)), row.kinks(*values), closed
 
 
@@ -421,16 +414,11 @@ def _evaluate(
     precise = torch.float32 if mean.device.type == "mps" else torch.float64
     mean, std = mean.to(precise), std.to(precise).abs()
     phi, kinks, closed = _pieces(module)
-    first: Any
-    var: Any
-    slope: Any
-    first, var, slope = closed(mean, std) if closed is not None else (None, None, None)
-    if first is None or var is None:
-        by_rule = gaussian.quadrature_mean_var(phi, mean, std, kinks)
-        first = by_rule[0] if first is None else first
-        var = by_rule[1] if var is None else var
-    if want_slope and slope is None:
-        slope = gaussian.quadrature_slope(phi, mean, std, kinks)
+    if closed is not None:
+        first, var, slope = closed(mean, std)
+    else:
+        first, var = gaussian.quadrature_mean_var(phi, mean, std, kinks)
+        slope = gaussian.quadrature_slope(phi, mean, std, kinks) if want_slope else None
     return first.to(dtype), var.to(dtype), slope.to(dtype) if want_slope else None
 
 
@@ -485,8 +473,6 @@ def moments(
     u_mean, u_std = (torch.as_tensor(value, dtype=like.dtype, device=like.device) for value in (mean, std))
     first, var, slope = _evaluate(module, u_mean, u_std, want_slope=True)
     assert slope is not None
-    if plain and mean == 0 and type(module) is nn.GELU and module.approximate == "none":
-        var = gaussian.gelu_var_at_zero(u_std)
     # Without spread phi is affine there, as far as u can tell: the limit of the ratio is 1.
     point = (u_std == 0) | (var == 0)
     ratio = torch.where(point, 1.0, slope / torch.where(point, 1.0, var))

@@ -436,8 +436,6 @@ if typer is not None:
 
         import torch
 
-        from normprop.diagnostics import DataError, measure
-        from normprop.graph.trace import TraceError
         from normprop.recipes import InputError
         from normprop.recipes.results import environment, output_folder, write_json
         from normprop.recipes.zoo import input_size as size_of, load_model
@@ -450,8 +448,8 @@ if typer is not None:
         try:
             if convert:
                 network = normprop.convert(network, example=torch.empty(batch, *size)).model
-            trace = measure(network, torch.randn(batch, *size), seed)
-        except (DataError, TraceError) as error:
+            trace = normprop.measure(network, torch.randn(batch, *size), seed)
+        except (normprop.DataError, normprop.TraceError) as error:
             raise InputError(f"MODEL {model}: {error}") from error
         setting = {"model": model, "converted": convert, "input_size": size, "batch": batch, "seed": seed}
         result = {**setting, **loads(trace.to_json()), **environment()}
@@ -542,8 +540,6 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """A NormProp model as plain torch for inference, compared with the model on a Gaussian input."""
-        from normprop.graph.fold import FoldError
-        from normprop.graph.trace import TraceError
         from normprop.recipes import InputError
         from normprop.recipes.export import (
             check_target,
@@ -564,9 +560,9 @@ if typer is not None:
             raise InputError(f"MODEL {model} has no layers of normprop; pass --convert to convert it first")
         try:
             folded = normprop.fold(network, verify=example)
-        except TraceError as error:
+        except normprop.TraceError as error:
             raise InputError(f"MODEL {model}: {error}") from error
-        except FoldError as error:
+        except normprop.FoldError as error:
             _exit(f"MODEL {model}: {error}", 1)
         gap = relative_error(outputs(folded, example), outputs(network, example))
         if out is not None:
@@ -600,8 +596,6 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """Fold a model, export it to ONNX or torch.export, and compare the file's outputs with the model's."""
-        from normprop.graph.fold import FoldError
-        from normprop.graph.trace import TraceError
         from normprop.recipes import InputError
         from normprop.recipes.export import ExportError, check_target, export as write
         from normprop.recipes.results import environment
@@ -614,9 +608,9 @@ if typer is not None:
             result = write(
                 network, out, example if dynamic_batch else example[:1], dynamic_batch, overwrite
             )
-        except TraceError as error:
+        except normprop.TraceError as error:
             raise InputError(f"MODEL {model}: {error}") from error
-        except (ExportError, FoldError) as error:
+        except (ExportError, normprop.FoldError) as error:
             _exit(f"MODEL {model}: {error}", 1)
         if json:
             setting = {"model": model, "converted": convert or preserve, "input_size": example.shape[1:]}
@@ -654,8 +648,6 @@ def _model(spec: str, size: str | None) -> tuple[Any, Any]:
 def _converted(
     spec: str, network: Any, example: Any, preserve: bool, rule: str = "recommended", strict: bool = False
 ) -> Any:
-    from normprop.graph.convert import ConversionError
-    from normprop.graph.trace import TraceError
     from normprop.recipes import InputError
 
     rules = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
@@ -663,10 +655,10 @@ def _converted(
         raise InputError(f"--rule {rule}: expected one of {', '.join(rules)}")
     try:
         return normprop.convert(network, rules[rule], preserve, strict, example=example)
-    except ConversionError as error:
+    except normprop.ConversionError as error:
         head, *reasons = str(error).splitlines()
         raise InputError(f"MODEL {spec}: {head} {'; '.join(map(str.strip, reasons))}") from error
-    except TraceError as error:
+    except normprop.TraceError as error:
         raise InputError(f"MODEL {spec}: {error}") from error
 
 

@@ -329,6 +329,8 @@ class BatchDataNorm(nn.Module):
     Args:
         shape: Shape of one sample, such as ``(3, 32, 32)``.
         momentum: Share of the newest batch in the running estimate.
+        device: Of the running estimate.
+        dtype: Of the running estimate.
 
     Shape:
         ``(N, *shape)`` to the same.
@@ -345,13 +347,19 @@ class BatchDataNorm(nn.Module):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, shape: Sequence[int], momentum: float = 0.1) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        momentum: float = 0.1,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.shape = tuple(shape)
         self.momentum = momentum
         features = torch.Size(self.shape).numel()
-        self.register_buffer("running_mean", torch.zeros(features))
-        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("running_mean", torch.zeros(features, device=device, dtype=dtype))
+        self.register_buffer("running_var", torch.ones(features, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         if input.shape[1:] != self.shape:

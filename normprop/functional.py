@@ -187,7 +187,7 @@ def rectify(y: Tensor, threshold: Number, slope: float = 0.0) -> Tensor:
         threshold: A number, or a tensor that is broadcastable to ``y``. It is rounded to ``y``'s dtype:
             a float32 tensor would turn a bfloat16 map into float32, and a number that is not a
             bfloat16 would compare wrongly with its own rounding.
-        slope: At most 1; 0 for ReLU.
+        slope: In [0, 1]; 0 for ReLU.
 
     Returns:
         Shape of ``y``.

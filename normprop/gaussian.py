@@ -144,24 +144,6 @@ def exponential_linear(
     return first, var.clamp_min(0), slope  # rounding, where std is 0
 
 
-def gelu(mean: Tensor, std: Tensor) -> tuple[Tensor, None, None]:
-    r"""Mean of GELU, :math:`E[u\Phi(u)] = \mu\Phi(q) + \sigma^2\phi(q)/s`, s = sqrt(1+std^2), q = mean/s.
-
-    Its variance is elementary for mean 0 alone (:func:`gelu_var_at_zero`).
-    """
-    s = torch.sqrt(1 + std**2)
-    return mean * cdf(mean / s) + std**2 / s * pdf(mean / s), None, None
-
-
-def gelu_var_at_zero(std: Tensor) -> Tensor:
-    r"""Variance of GELU for u ~ N(0, v):
-    :math:`\frac{v}{2\pi}\left(\arccos\frac{-v}{1+v} + \frac{2v}{(1+v)\sqrt{2v+1}} - \frac{v}{1+v}\right)`.
-    """
-    v = std**2
-    c = v / (1 + v)
-    return v / (2 * math.pi) * (torch.acos(-c) + 2 * c / torch.sqrt(2 * v + 1) - c)
-
-
 # --- quadrature ------------------------------------------------------------------------------
 
 

@@ -117,6 +117,8 @@ class NormalizedAdd(nn.Module):
         drop_prob: Stochastic depth (Huang et al., ECCV 2016) for (trunk, branch): in training a
             sample's branch is dropped with this probability and its trunk then passes with weight 1,
             so that the variance stays 1.
+        device: Of the learnable weights.
+        dtype: Of the learnable weights.
 
     Shape:
         Any number of tensors of one shape, to that shape.
@@ -138,6 +140,8 @@ class NormalizedAdd(nn.Module):
         learnable: bool = False,
         stds: Sequence[float] | None = None,
         drop_prob: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.initial = _unit(weights)
@@ -151,9 +155,8 @@ class NormalizedAdd(nn.Module):
             raise ValueError(f"drop_prob needs two weights (trunk, branch), got {len(self.initial)}")
         self.drop_prob = drop_prob
         self.weight: nn.Parameter | None
-        self.register_parameter(
-            "weight", nn.Parameter(torch.empty(len(self.initial))) if learnable else None
-        )
+        weight = torch.empty(len(self.initial), device=device, dtype=dtype) if learnable else None
+        self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -170,6 +173,8 @@ class NormalizedAdd(nn.Module):
         learnable: bool = False,
         stds: Sequence[float] | None = None,
         drop_prob: float = 0.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> NormalizedAdd:
         """For (trunk, branch) in a stack of ``blocks`` residual blocks: a^2 = 1/blocks.
 
@@ -179,7 +184,7 @@ class NormalizedAdd(nn.Module):
             raise ValueError(f"blocks must be at least 1, got {blocks}")
         share = 1 / max(blocks, 2)
         weights = (math.sqrt(1 - share), math.sqrt(share))
-        return cls(weights, learnable=learnable, stds=stds, drop_prob=drop_prob)
+        return cls(weights, learnable=learnable, stds=stds, drop_prob=drop_prob, device=device, dtype=dtype)
 
     @property
     def weights(self) -> tuple[float, ...]:

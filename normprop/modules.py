@@ -640,7 +640,7 @@ class NormalizedActivation(nn.Module):
         parts: list[nn.Module] = []
         if self.gain is not None:
             parts.append(_affine(torch.mul, self.gain, torch.add, self.bias, 1))
-        like = torch.empty(0) if self.gain is None else self.gain
+        like = next(self.parameters(), torch.empty(0))
         parts += _fuse_activation(self.activation, mean, std, 1, like)
         return nn.Sequential(*parts).train(self.training)
 

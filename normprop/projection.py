@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from normprop.merges import NormalizedAdd, NormalizedGate
 from normprop.modules import NormalizedActivation, _Handle, _NormProp
 from normprop.rows import Geometry, _norms, _rows, project_rows_, row_view
 
@@ -40,14 +41,15 @@ def attach_projection(
 ) -> RemovableHandle | _Handle:
     r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
 
-    With ``trust_radius`` no step moves a unit's pre-activation further than that, whatever the
-    learning rate and the optimizer: the unit's update is scaled down where
+    With ``trust_radius`` no step moves a NormProp unit's pre-activation further than that, whatever the
+    learning rate and the optimizer; layers of other kinds are not bounded. The unit's update is scaled down where
 
     .. math:: \Delta^2 = (|g| + |\delta g|)^2\, \lVert \delta W_i \rVert^2 + \delta g^2 + \delta b^2
 
     (changes of unit row W, gain g and bias b) is larger than the radius squared. For inputs of mean
-    0 and covariance 1, Δ bounds the root mean square of the change (docs/method.md, section 7). The
-    radius falls with the learning rate, in proportion to the largest one so far.
+    0 and covariance I, Δ bounds the root mean square of the change; for others it is an estimate
+    (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
+    one so far.
 
     Args:
         optimizer: Any torch optimizer.
@@ -165,9 +167,9 @@ def _annealed(optimizer: torch.optim.Optimizer) -> float:
 def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0) -> list[dict[str, Any]]:
     """Parameter groups for any torch optimizer: what decays, and by how much.
 
-    A NormProp weight never decays: its length has no effect, so decay would only change its
-    step size (docs/method.md, section 7). The gains, biases and activation parameters of NormProp layers
-    decay by ``gain_decay``, all others by ``weight_decay``.
+    A NormProp weight never decays, nor do a sum's learned weights: their length has no effect, so decay
+    would only change their step size (docs/method.md, section 7). The gains, biases and activation
+    parameters of NormProp layers decay by ``gain_decay``, all others by ``weight_decay``.
 
     Args:
         model: Any module.
@@ -188,8 +190,10 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
     for name, value in (("weight_decay", weight_decay), ("gain_decay", gain_decay)):
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
-    layers = [m for m in model.modules() if isinstance(m, (_NormProp, NormalizedActivation))]
-    weights = {id(layer.weight): layer.weight for layer in layers if isinstance(layer, _NormProp)}
+    kinds = (_NormProp, NormalizedActivation, NormalizedAdd, NormalizedGate)
+    layers = [m for m in model.modules() if isinstance(m, kinds)]
+    directions = [layer.weight for layer in layers if isinstance(layer, (_NormProp, NormalizedAdd))]
+    weights = {id(p): p for p in directions if p is not None}
     gains = {id(p): p for layer in layers for p in layer.parameters() if id(p) not in weights}
     rest = {id(p): p for p in model.parameters() if id(p) not in weights and id(p) not in gains}
     groups: list[tuple[dict[int, Any], float]] = [(weights, 0.0), (gains, gain_decay), (rest, weight_decay)]
@@ -207,7 +211,8 @@ def clip_grad_unitwise_(
         \quad\text{if } \lVert G_i\rVert > \lambda \max(\lVert W_i\rVert, \epsilon)
 
     Source: Brock et al. (2021), arXiv 2102.06171, eq. 3. A unit is an index of dim 0; a vector
-    (gain, bias) is one unit. With unit rows, ``lr * clipping`` bounds the angle of a plain step.
+    (gain, bias) is one unit. With unit rows, ``lr * clipping`` bounds the angle of a plain step, except in
+    transposed convolutions, whose units are not along dim 0.
 
     Args:
         parameters: A tensor or an iterable of tensors; those without gradient are skipped.

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 # They move values and make none; a node with a note is shown whatever it does.
-_LAYOUT = {
+LAYOUT = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone", "detach", "to",
     "float", "type_as", "squeeze", "unsqueeze", "expand", "repeat", "tile", "roll", "flip", "movedim",
     "swapaxes", "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "t",
     "reshape_as", "view_as", "expand_as", "unfold", "rot90", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "getattr", "size", "dropout", "Identity", "Flatten", "Unflatten", "Dropout",
-    "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "PixelShuffle", "PixelUnshuffle",
-    "ChannelShuffle", "DropPath", "StochasticDepth",
+    "channel_shuffle", "getattr", "size", "dropout", "dropout2d", "alpha_dropout", "feature_dropout",
+    "stochastic_depth", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d",
+    "AlphaDropout", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "DropPath", "StochasticDepth",
 }  # fmt: skip
 _COLUMNS = ("mean", "std", "gradient")
 
@@ -96,7 +96,7 @@ class SignalTrace:
         """The records worth a line, each with the one predicted for it; with ``every`` all of them."""
         beside = {} if self.predicted is None else {r.name: r for r in self.predicted}
         pairs = [(record, beside.get(record.name)) for record in self.records]
-        return [(r, p) for r, p in pairs if every or r.op not in _LAYOUT or _note(r, p)]
+        return [(r, p) for r, p in pairs if every or r.op not in LAYOUT or _note(r, p)]
 
     def table(self, every: bool = False) -> str:
         """A line a node, predicted beside measured if both are known.

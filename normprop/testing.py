@@ -46,6 +46,18 @@ def _suspects(model: nn.Module) -> str:
     return f"; batch statistics in {', '.join(found[:3])}{more}"
 
 
+@torch.no_grad()
+def _causes(model: nn.Module, x: Tensor) -> str:
+    """For the message: why outputs may differ; ``model`` as prepared, in train mode."""
+    found = _suspects(model)
+    if found or torch.equal(model(x), model(x)):
+        return found
+    return (
+        "; but two passes over the same data differ too: the model draws random numbers. Only modules can be "
+        "switched off here, such as nn.Dropout in place of F.dropout"
+    )
+
+
 def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
 
@@ -55,9 +67,9 @@ def _check_finite(x: Tensor) -> None:
         raise ValueError("x holds NaN or infinite values; the checks need finite data")
 
 
-def _gap(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the expected tensor's largest value."""
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+def _gap(actual: Tensor, expected: Tensor, among: Tensor) -> float:
+    """Largest difference, relative to the largest value of all that are ``among`` them."""
+    scale = among.abs().max().clamp_min(torch.finfo(among.dtype).tiny)
     return float((actual - expected).abs().max() / scale)
 
 
@@ -90,12 +102,11 @@ def assert_batch_independent(model: nn.Module, x: Tensor, tolerance: float | Non
                 raise AssertionError(
                     f"the model fails on sample {index} alone: {error}{_suspects(model)}"
                 ) from error
-            scale = together.abs().max().clamp_min(torch.finfo(together.dtype).tiny)
-            gap = float((alone[0] - together[index]).abs().max() / scale)
+            gap = _gap(alone[0], together[index], together)
             if not gap <= limit:
                 raise AssertionError(
                     f"sample {index}'s output depends on the rest of its batch: alone it differs by "
-                    f"{gap:.2g} of the largest output (limit {limit:.0e}){_suspects(model)}"
+                    f"{gap:.2g} of the largest output (limit {limit:.0e}){_causes(twin, x)}"
                 )
 
 
@@ -121,11 +132,11 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor) -> None:
         except Exception as error:
             raise AssertionError(f"the model fails in train mode: {error}{_suspects(model)}") from error
         changed = [n for n, b in twin.named_buffers() if not torch.equal(b, buffers[n])]
-        evaluated = twin.eval()(x)
+        evaluated = copy.deepcopy(twin).eval()(x)
     if not torch.equal(trained, evaluated):
         raise AssertionError(
-            f"train() and eval() differ by {_gap(trained, evaluated):.2g} of the largest output"
-            f"{_suspects(model)}"
+            f"train() and eval() differ by {_gap(trained, evaluated, evaluated):.2g} of the largest output"
+            f"{_causes(twin, x)}"
         )
     if changed:
         raise AssertionError(f"a forward pass changes the buffers {', '.join(changed)}{_suspects(model)}")

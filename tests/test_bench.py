@@ -71,9 +71,9 @@ def test_the_definition_is_what_the_layers_compute():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precision": "int8"}, "--precision int8: expected one of fp32, bf16"),
+        ({"precision": "int8"}, "--precisions int8: expected one of fp32, bf16"),
         ({"layout": "nhwc"}, "--layout nhwc: expected one of channels_last"),
-        ({"rule": "best"}, "--rule best: expected one of paper"),
+        ({"rule": "best"}, "--rules best: expected one of paper"),
         ({"batch_size": 0}, "--batch-sizes 0: expected at least 1"),
     ],
 )

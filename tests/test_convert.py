@@ -220,6 +220,16 @@ def assert_untouched(model, before):
 # --- every site ---------------------------------------------------------------------------------
 
 
+def test_a_resize_that_keeps_variance_is_left():
+    for mode in ("nearest", "nearest-exact", "area"):
+        net = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Upsample(scale_factor=2, mode=mode)
+        )
+        conversion = convert(net)
+        assert [site.path for site in conversion.replaced] == ["0"]
+        assert type(conversion.model.get_submodule("3")) is nn.Upsample
+
+
 @sites
 def test_preserved_is_the_source_in_eval_mode(build, shape):
     model, x = prepared(build), randn(*shape)

@@ -582,3 +582,58 @@ def test_whole_numbers_and_rounding_divisions_are_left_as_they_are():
     model = Positions()
     x = 5 * torch.randn(3, 6)
     torch.testing.assert_close(normprop.fold(model, verify=x)(x), model(x))
+
+
+class ReadTwice(nn.Module):
+    """What waits behind its layer is read by two, who wait themselves."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.layer, self.read = NormPropConv2d(3, 4, 3, activation=None), read
+
+    def forward(self, x):
+        return self.read(self.layer(x))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda y: y + torch.tanh((y - 1.0) / 2.0),
+        lambda y: torch.cat([torch.tanh(y * 2), torch.tanh(y + 1)]),
+        lambda y: torch.tanh(y * 2) + (y * 2).relu() + y,
+    ],
+)
+def test_a_layer_that_is_read_twice_keeps_its_scale(read):
+    assert_folds(trained(ReadTwice(read)), randn(2, 3, 7, 7))
+
+
+@pytest.mark.parametrize(
+    "act", [nn.LeakyReLU(0.2), nn.ELU(0.5), nn.PReLU(init=0.7), lambda z: z * torch.sigmoid(z)]
+)
+def test_adaptive_max_pools_have_the_constants_of_their_activation(act):
+    net = nn.Sequential(conv(3, act=act), NormalizedAdaptiveMaxPool2d(2, activation=act))
+    assert_folds(net.double(), randn(2, 3, 9, 9))
+
+
+def test_outputs_that_are_no_real_numbers_are_left_uncompared():
+    class Many(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = NormPropLinear(3, 4)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return {"y": y, "label": y.argmax(1), "nothing": None, "pair": [y, (y,)]}
+
+    net, x = Many(), randn(2, 3, dtype=torch.float32)
+    found = fold(net, verify=x)(x)
+    torch.testing.assert_close(found["pair"][1][0], net(x)["y"])
+    assert found["nothing"] is None
+
+
+@pytest.mark.parametrize(("verify", "said"), [(True, "got bool"), ((1, 2), "got a tuple with int")])
+def test_what_is_no_example_is_refused(verify, said):
+    with pytest.raises(
+        TypeError, match=f"verify must be a tensor or a tuple of tensors, {said}; for a shape"
+    ):
+        fold(nn.Sequential(conv(3)), verify=verify)

@@ -44,6 +44,7 @@ RULES = [
 ACTIVATIONS = {
     "relu": (lambda: "relu", lambda u: u.clamp(min=0), (0.0,)),
     "leaky": (lambda: nn.LeakyReLU(0.2), lambda u: torch.where(u > 0, u, 0.2 * u), (0.0,)),
+    "mirrored": (lambda: nn.LeakyReLU(-0.5), lambda u: torch.where(u > 0, u, -0.5 * u), (0.0,)),
     "steep": (lambda: nn.LeakyReLU(1.5), lambda u: torch.where(u > 0, u, 1.5 * u), (0.0,)),
     "prelu": (lambda: nn.PReLU(dtype=torch.float64), None, (0.0,)),
     "gelu": (lambda: F.gelu, lambda u: u * (1 + torch.erf(u / math.sqrt(2))) / 2, ()),
@@ -573,7 +574,7 @@ def test_normalized_activation_fuses(name, features):
         )
         fused = randomise(layer, 5).eval().fuse()
         for x in (some_input(0, dtype=torch.float64), some_input(3, dtype=torch.float64)):
-            torch.testing.assert_close(fused(x), layer(x))
+            torch.testing.assert_close(fused(x), layer(x), rtol=1e-11, atol=1e-11)
         assert_plain(fused)
 
 

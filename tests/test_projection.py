@@ -167,6 +167,19 @@ def test_param_groups_hold_each_parameter_once_with_its_decay():
     torch.optim.AdamW(groups, lr=0.1).step()
 
 
+def test_what_stands_between_layers_decays_as_layers_do():
+    net = nn.Sequential(
+        normprop.NormalizedAdd(learnable=True), normprop.NormalizedGate(nn.PReLU()), nn.Linear(2, 2)
+    )
+    groups = normprop.param_groups(net, 5e-4, gain_decay=1e-5)
+    names = {id(p): name for name, p in net.named_parameters()}
+    assert {g["weight_decay"]: [names[id(p)] for p in g["params"]] for g in groups} == {
+        0.0: ["0.weight"],
+        1e-5: [name for name in names.values() if name.startswith("1.")],
+        5e-4: ["2.weight", "2.bias"],
+    }
+
+
 def test_param_groups_skip_frozen_and_count_shared_parameters_once():
     model = net()
     model[0].requires_grad_(False)

@@ -525,6 +525,31 @@ def test_an_unknown_module_has_no_rule():
     assert notes(nn.Sequential(nn.GLU(1)), randn(2, 8)) == {"_0": "no rule for GLU: taken as N(0, 1)"}
 
 
+def test_behind_integers_a_signal_begins():
+    net = nn.Sequential(nn.Embedding(10, 64), normprop.NormPropLinear(64, 8, rule=normprop.RECOMMENDED))
+    trace = normprop.predict(net, torch.randint(0, 10, (4, 5)))
+    assert trace["_0"].note == "no rule for Embedding: taken as N(0, 1)"
+    assert abs(trace["_1"].mean) < 0.01
+    assert abs(trace["_1"].std - 1) < 0.01
+
+
+def test_an_example_that_does_not_fit_is_noted():
+    net = nn.Sequential(normprop.NormPropConv2d(3, 8, 3), nn.ReLU())
+    found = {name: note for name, note in notes(net, randn(2, 1, 8, 8)).items() if "fails" in note}
+    assert list(found) == ["_0"]
+    assert found["_0"].startswith("fails with the example: RuntimeError: ")
+
+
+@pytest.mark.parametrize(("example", "said"), [((3, 8, 8), "a tuple with int"), ([1], "list")])
+def test_what_is_no_example_is_refused(example, said):
+    message = (
+        f"example must be a tensor or a tuple of tensors, got {said}; for a shape alone write torch.zeros"
+    )
+    for call in (normprop.predict, lambda model, example: normprop.convert(model, example=example)):
+        with pytest.raises(TypeError, match=message):
+            call(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), example)
+
+
 def test_few_terms_are_computed():
     """A depthwise convolution of ReLUs: its output's shape is that of a sum of nine."""
     torch.manual_seed(0)

@@ -142,7 +142,9 @@ def convert(
 
     Returns:
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
-        weight and bias being the layer's ``gain`` and ``bias``.
+        weight and bias being the layer's ``gain`` and ``bias``. It computes what ``forward`` does, as one
+        graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
+        ``notes`` says.
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
@@ -165,6 +167,8 @@ def convert(
         raise ValueError(
             f"model is wrapped in {type(model).__name__}: convert model.module, then wrap the result"
         )
+    if example is not None:
+        tracing.as_inputs(example)
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
@@ -174,11 +178,20 @@ def convert(
         )
     if not worker.norms_seen:
         report.notes.append("no BatchNorm layer found: nothing to convert")
+    if lost := _lost_methods(model, report.model):
+        report.notes.append(f"the result computes forward() alone; it has no {', '.join(lost)}")
     report._handover.update(worker.handover())
     if strict and report.skipped:
         reasons = "\n".join(f"  {s.path}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{len(report.skipped)} sites cannot be converted:\n{reasons}")
     return report
+
+
+def _lost_methods(model: nn.Module, result: nn.Module) -> list[str]:
+    """Public methods of the model's own classes that the result has not."""
+    own = (cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
+    found = {name for cls in own for name, value in vars(cls).items() if callable(value)}
+    return sorted(name for name in found if not name.startswith("_") and not hasattr(result, name))
 
 
 def calibration(model: nn.Module, example: Any) -> tuple[Tensor, ...] | None:

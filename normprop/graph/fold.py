@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from normprop import activations, functional, merges, modules
 from normprop.data_norm import DATA_NORMS, BatchDataNorm, WhiteningDataNorm
@@ -51,11 +52,12 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
     Args:
         model: A model with normprop's layers.
         verify: An input, or a tuple of them: outputs are compared there (relative error 1e-4 in
-            float32, or twice the model's own rounding if that is more; 1e-9 in float64), and the code's
-            decisions on shapes are taken with it.
+            float32, or twice the model's own rounding if that is more; 1e-9 in float64, 5e-2 in halves),
+            and the code's decisions on shapes are taken with it.
 
     Returns:
-        A graph module in eval mode, for inputs of any size that the model takes.
+        A graph module in eval mode, for inputs of any size that the model takes (behind an adaptive max
+        pool to more than one position: of ``verify``'s, as its constants depend on it).
 
     Raises:
         FoldError: If outputs differ at ``verify``.
@@ -69,12 +71,12 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     twin = copy.deepcopy(model).eval()
-    inputs = verify if isinstance(verify, tuple) else (verify,)
-    expected = None if verify is None else twin(*(x.clone() for x in inputs))
+    inputs = () if verify is None else tracing.as_inputs(verify, "verify")
+    expected = twin(*(x.clone() for x in inputs)) if inputs else None
     graph_module = tracing.trace(twin, verify, _LEAVES)
     tracing.write_nothing_in_place(graph_module)
     folded = _Folder(graph_module).run()
-    if verify is not None:
+    if inputs:
         _check(model, inputs, expected, folded(*inputs))
     return folded
 
@@ -99,15 +101,14 @@ def _check(model: nn.Module, inputs: tuple[Any, ...], expected: Any, actual: Any
 
 
 def _gaps(expected: Any, actual: Any) -> list[tuple[float, float]]:
-    """Of each output the largest difference, relative to its largest value, and what is allowed."""
-    if not isinstance(expected, Tensor):
-        values = expected.values() if isinstance(expected, dict) else expected
-        others = actual.values() if isinstance(actual, dict) else actual
-        pairs = zip(values, others, strict=True)
-        return [found for one, other in pairs for found in _gaps(one, other)]
-    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
-    gap = (actual.to(expected.device) - expected).abs().max() / scale
-    return [(float(gap.float()), _LIMITS.get(expected.dtype, 5e-2))]
+    """Of each output of real numbers the largest difference, relative to its largest value, and the limit."""
+    found = []
+    for one, other in zip(tree_leaves(expected), tree_leaves(actual), strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
+            scale = one.abs().max().clamp_min(torch.finfo(one.dtype).tiny)
+            gap = (other.to(one.device) - one).abs().max() / scale
+            found.append((float(gap.float()), _LIMITS.get(one.dtype, 5e-2)))
+    return found
 
 
 class _Value:
@@ -151,7 +152,8 @@ class _Folder:
         if held.plain:
             return held.node
         layer = self.own_layer(held.node)
-        if layer is not None and len(node.users) == 1 and not held.node.users:
+        readers = [n for n, value in self.values.items() if value.node is held.node]
+        if layer is not None and not held.node.users and all(len(n.users) == 1 for n in readers):
             _scale_output(layer, held.a, held.b)
             new = held.node
         elif held.b == 0.0:
@@ -318,7 +320,8 @@ class _Folder:
         spatial = len(before) - 2
         x = torch.ones((), dtype=torch.float64).expand(1, 1, *before[2:])
         counts = merges._adaptive_counts(x, spatial, module.output_size).reshape(-1).round().long().tolist()
-        table = {n: merges.max_constants(n, module.activation, module.correlation) for n in set(counts)}
+        found = merges._max_table(module.values, tuple(counts), module.correlation)
+        table = {n: found[n] for n in set(counts)}
         kind = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[spatial]
         pooled = self.module(str(node.target), kind(module.output_size), self.value(source))
         if len(table) == 1:

@@ -25,7 +25,7 @@ from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, Standardize
 from normprop.modules import NormalizedActivation
-from normprop.records import Record, SignalTrace
+from normprop.records import LAYOUT, Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes, with_slope
 
 # How a gradient's mean square passes to an input: a factor, or a function from its density over the
@@ -33,17 +33,6 @@ from normprop.signal import Signal, gaussian_nodes, with_slope
 Factor = float | Callable[[Tensor], Tensor | float]
 Result = tuple[Signal, list[Any]]
 
-_LAYOUT = {
-    "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone",
-    "detach", "to", "float", "squeeze", "unsqueeze", "expand", "expand_as", "roll", "flip", "movedim",
-    "swapaxes", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "narrow", "getitem", "chunk",
-    "split", "unbind", "repeat", "tile", "type_as", "dropout", "stochastic_depth", "unfold", "t",
-    "view_as", "tensor_split", "index_select", "rot90", "alpha_dropout", "dropout2d", "feature_dropout",
-}  # fmt: skip
-_LAYOUT_MODULES = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.Flatten,
-    nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle,
-)  # fmt: skip
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
 _POOLS = {"max_pool": "max", "avg_pool": "avg", "adaptive_avg_pool": "avg", "adaptive_max_pool": "max"}
 SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed, above it is Gaussian
@@ -96,11 +85,17 @@ class Walk:
         inputs = [n for n in tensor_inputs(node) if self.signals.get(n) is not None]
         self.roots[node] = frozenset().union(*(self.roots[n] for n in inputs)) if inputs else frozenset()
         value = node.meta.get("value")
+        sources = tensor_inputs(node)
+        module = tracing.module_of(self.graph_module, node)
+        if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
+            self.signals[node], self.factors[node] = self._without_rule(node, module), []
+            return
         if not inputs or (isinstance(value, Tensor) and not value.is_floating_point()) or _is_number(value):
             self.signals[node] = None
             return
-        module = tracing.module_of(self.graph_module, node)
         signal, factors = self._rule(node, module, inputs)
+        if "error" in node.meta and all("value" in n.meta for n in sources):
+            self.notes[node] = f"fails with the example: {node.meta['error']}"
         self.signals[node] = signal
         kept = [n for n in inputs if n in self.energies and positions(n) == positions(node)]
         if kept and node not in self.energies:
@@ -166,11 +161,7 @@ class Walk:
                 *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
             )
             return signal, list(factors)
-        if (
-            isinstance(module, _LAYOUT_MODULES)
-            or type(module).__name__ in tracing.RANDOM_NAMES
-            or what in _LAYOUT
-        ):
+        if operation_name(self.graph_module, node) in LAYOUT:
             return first, [_same] + [0.0] * (len(inputs) - 1)
         if tracing.activation_of(node, module) is not None and len(inputs) == 1:
             return self._elementwise(node, module, inputs[0])
@@ -213,10 +204,12 @@ class Walk:
                 return self._elementwise(node, module, inputs[0])
             except Exception:
                 pass
-        self.notes[node] = (
-            f"no rule for {type(module).__name__ if module is not None else what}: taken as N(0, 1)"
-        )
-        return Signal.gaussian(), [1.0] * len(inputs)
+        return self._without_rule(node, module), [1.0] * len(inputs)
+
+    def _without_rule(self, node: fx.Node, module: nn.Module | None) -> Signal:
+        name = type(module).__name__ if module is not None else key(node)
+        self.notes[node] = f"no rule for {name}: taken as N(0, 1)"
+        return Signal.gaussian()
 
     def _elementwise(self, node: fx.Node, module: nn.Module | None, source: fx.Node) -> Result:
         def step(values: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class Flow:
             value = self.values[node] = self.run(node)
         except Exception as error:  # formulas are left
             self.failure = (
-                f"constants are by formula alone from '{node}' on: {type(error).__name__}: {error}"
+                f"constants are by formula alone from '{tracing.owner(node) or node}' on: {type(error).__name__}: "
+                f"{error}; pass example= of a size that the model takes"
             )
             self.inputs = None
             return
@@ -762,7 +763,7 @@ def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | N
         return getattr(merges, f"Normalized{kind}")(module.output_size)
     if isinstance(module, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)):
         return getattr(merges, f"Normalized{kind}")(module.output_size, activation=phi)
-    if type(module) is nn.Upsample and module.mode != "nearest":
+    if type(module) is nn.Upsample and module.mode in ("linear", "bilinear", "bicubic", "trilinear"):
         return merges.NormalizedUpsample(
             module.size, module.scale_factor, module.mode, module.align_corners
         )

@@ -207,6 +207,22 @@ class _Tracer(fx.Tracer):
         return args[0]
 
 
+def as_inputs(example: Any, name: str = "example") -> tuple[Tensor, ...]:
+    """``example`` as a tuple of tensors.
+
+    Raises:
+        TypeError: If it is neither a tensor nor a tuple of tensors.
+    """
+    inputs = example if isinstance(example, tuple) else (example,)
+    for x in inputs:
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"{name} must be a tensor or a tuple of tensors, got {'a tuple with ' * (inputs is example)}"
+                f"{type(x).__name__}; for a shape alone write torch.zeros(1, 3, 32, 32)"
+            )
+    return inputs
+
+
 def trace(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...] | None = None,
@@ -222,12 +238,13 @@ def trace(
 
     Raises:
         TraceError: If torch.fx cannot follow the code.
+        TypeError: If the example is no tensor and no tuple of tensors.
     """
     if example is None:
         example = guess_example(model)
     inputs = None
     if example is not None:
-        inputs = tuple(t.to("meta") for t in (example if isinstance(example, tuple) else (example,)))
+        inputs = tuple(t.to("meta") for t in as_inputs(example))
     if hasattr(model, "by_mode"):
         model = model.graphs[model.training]  # type: ignore[index, operator, assignment]
     if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:

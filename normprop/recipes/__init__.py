@@ -1,4 +1,4 @@
-"""Users of the public API, nothing more: data, models, training, comparison (extra: 'normprop[recipes]')."""
+"""Users of the library: data, models, training, comparison (extra: 'normprop[recipes]')."""
 
 
 class InputError(ValueError):

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.recipes import InputError
-from normprop.recipes.models import Blocks, build, check_norms
-from normprop.recipes.results import environment, output_folder, write_json
+from normprop.recipes.models import COLORS, Blocks, build, check_norms
+from normprop.recipes.results import environment, new_figure, output_folder, write_json
 from normprop.recipes.train import RULES, Run
 
 Row = dict[str, Any]
@@ -68,13 +68,13 @@ class Case:
     classes: int = 10
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("precision", PRECISIONS),
-            ("layout", ("channels_last", "contiguous")),
-            ("rule", tuple(RULES)),
+        for name, option, known in (
+            ("precision", "precisions", PRECISIONS),
+            ("layout", "layout", ("channels_last", "contiguous")),
+            ("rule", "rules", tuple(RULES)),
         ):
             if getattr(self, name) not in known:
-                raise InputError(f"--{name} {getattr(self, name)}: expected one of {', '.join(known)}")
+                raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
         if self.batch_size < 1:
             raise InputError(f"--batch-sizes {self.batch_size}: expected at least 1")
 
@@ -358,13 +358,6 @@ def table(rows: Sequence[Row]) -> Table:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Time of a step, as a ratio to ``none``, against batch size: a panel a setting, a line a norm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    from normprop.recipes.compare import COLORS
-
     panels: dict[str, list[Row]] = {}
     for row in result["rows"]:
         if row["status"] == "ok":
@@ -373,24 +366,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
             panels.setdefault(key, []).append(row)
     columns = min(3, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.2 * lines), layout="constrained", squeeze=False
-    )
-    for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
-        for norm in dict.fromkeys(row["norm"] for row in rows):
-            mine = sorted((r for r in rows if r["norm"] == norm), key=lambda r: r["batch_size"])
-            at, middle = [r["batch_size"] for r in mine], [r["ratio"] for r in mine]
-            axis.plot(at, middle, marker="o", color=COLORS[norm], label=norm, linewidth=2)
-            low, high = zip(*(r["quartiles"] for r in mine), strict=True)
-            axis.fill_between(at, low, high, color=COLORS[norm], alpha=0.15)
-        sizes = sorted({row["batch_size"] for row in rows})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("batch size")
-        axis.set_ylabel("time of a step / none")
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes.flat[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    with new_figure(path, columns, lines, width=4.2, height=3.2) as (_, axes):
+        for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
+            for norm in dict.fromkeys(row["norm"] for row in rows):
+                mine = sorted((r for r in rows if r["norm"] == norm), key=lambda r: r["batch_size"])
+                at, middle = [r["batch_size"] for r in mine], [r["ratio"] for r in mine]
+                axis.plot(at, middle, marker="o", color=COLORS[norm], label=norm, linewidth=2)
+                low, high = zip(*(r["quartiles"] for r in mine), strict=True)
+                axis.fill_between(at, low, high, color=COLORS[norm], alpha=0.15)
+            sizes = sorted({row["batch_size"] for row in rows})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("batch size")
+            axis.set_ylabel("time of a step / none")
+        axes.flat[0].legend(frameon=False)

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from normprop.recipes import InputError
 from normprop.recipes.data import ImageData
-from normprop.recipes.models import check_norms
-from normprop.recipes.results import environment, output_folder, write_json
+from normprop.recipes.models import COLORS, check_norms
+from normprop.recipes.results import environment, new_figure, output_folder, write_json
 from normprop.recipes.train import Run, fit, network
 
 Row = dict[str, Any]
@@ -222,16 +222,6 @@ class _LiveTable:
             )
 
 
-COLORS = {
-    "normprop": "#d1495b",
-    "batch": "#00798c",
-    "group": "#edae49",
-    "layer": "#66a182",
-    "weight": "#8d6a9f",
-    "none": "#7a7a7a",
-}
-
-
 def _error(row: Row, test_images: int) -> float:
     """Standard deviation over the seeds; for one seed the standard error that the test set's size leaves."""
     if row["std"] is not None:
@@ -246,59 +236,49 @@ def plot(result: dict[str, Any], path: Path) -> None:
         result: What :func:`compare` returns.
         path: The PNG file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = summary(result["rows"])
     run = result["run"]
     norms = list(dict.fromkeys(row["norm"] for row in rows))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    sizes = sorted({row["batch_size"] for row in rows})
-    for norm in norms:
-        mine = [row for row in rows if row["norm"] == norm]
-        ok = sorted((r for r in mine if r["mean"] is not None), key=lambda r: r["batch_size"])
-        style = {"marker": "o", "color": COLORS[norm], "label": norm, "linewidth": 2}
-        at = [row["batch_size"] for row in ok]
-        errors = [100 * _error(row, run["test_images"]) for row in ok]
-        left.errorbar(at, [100 * row["mean"] for row in ok], yerr=errors, capsize=3, **style)
-        right.plot(at, [row["seconds_per_epoch"] for row in ok], **style)
-    bottom, top = left.get_ylim()
-    left.set_ylim(min(bottom, top - 10), top)  # a point more or less is not a gulf
-    low = left.get_ylim()[0]
-    failed = [row for row in rows if row["mean"] is None]
-    for height, row in enumerate(failed):
-        left.plot(row["batch_size"], low, "x", color=COLORS[row["norm"]], markersize=10, clip_on=False)
-        left.annotate(
-            f" {row['norm']}: {row['status']}",
-            (row["batch_size"], low),
-            xytext=(6, 8 + 12 * height),
-            textcoords="offset points",
-            color=COLORS[row["norm"]],
-            fontsize=9,
+    with new_figure(path, 2) as (figure, axes):
+        left, right = axes[0]
+        sizes = sorted({row["batch_size"] for row in rows})
+        for norm in norms:
+            mine = [row for row in rows if row["norm"] == norm]
+            ok = sorted((r for r in mine if r["mean"] is not None), key=lambda r: r["batch_size"])
+            style = {"marker": "o", "color": COLORS[norm], "label": norm, "linewidth": 2}
+            at = [row["batch_size"] for row in ok]
+            errors = [100 * _error(row, run["test_images"]) for row in ok]
+            left.errorbar(at, [100 * row["mean"] for row in ok], yerr=errors, capsize=3, **style)
+            right.plot(at, [row["seconds_per_epoch"] for row in ok], **style)
+        bottom, top = left.get_ylim()
+        left.set_ylim(min(bottom, top - 10), top)  # a point more or less is not a gulf
+        low = left.get_ylim()[0]
+        failed = [row for row in rows if row["mean"] is None]
+        for height, row in enumerate(failed):
+            left.plot(row["batch_size"], low, "x", color=COLORS[row["norm"]], markersize=10, clip_on=False)
+            left.annotate(
+                f" {row['norm']}: {row['status']}",
+                (row["batch_size"], low),
+                xytext=(6, 8 + 12 * height),
+                textcoords="offset points",
+                color=COLORS[row["norm"]],
+                fontsize=9,
+            )
+        for axis, label in ((left, "test accuracy (%)"), (right, "seconds per epoch of training")):
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.set_xlabel("batch size")
+            axis.set_ylabel(label)
+        right.set_yscale("log")
+        right.legend(frameon=False)
+        seeds = len(run["seeds"])
+        bars = (
+            "bars: standard deviation"
+            if seeds > 1
+            else f"bars: standard error of {run['test_images']} test images"
         )
-    for axis, label in ((left, "test accuracy (%)"), (right, "seconds per epoch of training")):
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_xlabel("batch size")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    right.set_yscale("log")
-    right.legend(frameon=False)
-    seeds = len(run["seeds"])
-    bars = (
-        "bars: standard deviation"
-        if seeds > 1
-        else f"bars: standard error of {run['test_images']} test images"
-    )
-    plural = "s" if seeds > 1 else ""
-    figure.suptitle(
-        f"{run['model']} on {run['dataset']}, {run['epochs']} epochs, {seeds} seed{plural} ({bars})",
-        fontsize=11,
-    )
-    temporary = path.with_name("." + path.name)
-    figure.savefig(temporary, dpi=150)
-    temporary.replace(path)
-    plt.close(figure)
+        plural = "s" if seeds > 1 else ""
+        figure.suptitle(
+            f"{run['model']} on {run['dataset']}, {run['epochs']} epochs, {seeds} seed{plural} ({bars})",
+            fontsize=11,
+        )

@@ -186,7 +186,7 @@ def export(
         InputError: If the path is of another kind or taken, or a package is missing.
         ExportError: If torch cannot export the model, or outputs differ by more than 1e-4; there
             is no file then.
-        normprop.graph.trace.TraceError: If the model cannot be folded.
+        normprop.TraceError: If the model cannot be folded.
     """
     if path.suffix not in FORMATS:
         raise InputError(f"OUT {path}: expected a name that ends in {' or '.join(FORMATS)}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from normprop.recipes.compare import COLORS
+from normprop.recipes.models import COLORS
+from normprop.recipes.results import new_figure
 from normprop.recipes.speed import PAPER_SECONDS
 from normprop.recipes.summary import accuracies, by_epoch, failures, summarize
 
@@ -32,28 +32,6 @@ PAPER_ERRORS = {
     ("cifar100", True): {"normprop, paper": 29.24, "batch": 30.26},
     ("svhn", False): {"normprop, paper": 1.88, "batch": 2.25},
 }
-
-
-@contextmanager
-def _figure(path: Path, columns: int, lines: int = 1, width: float = 4.5, height: float = 3.6) -> Any:
-    """Axes in a grid, always two-dimensional; saved whole or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    size = (width * columns, height * lines)
-    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    try:
-        yield figure, axes
-        for axis in axes.flat:
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
-        temporary = path.with_name("." + path.name)
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
-    finally:
-        plt.close(figure)
 
 
 def _title(result: Row, note: str = "") -> str:
@@ -115,7 +93,7 @@ def _accuracy_axes(axis: Any, rows: Sequence[Row], x: str) -> None:
 def convergence(result: Row, path: Path) -> None:
     """Test accuracy by epoch, a line a variant, a panel a network."""
     panels = _groups(result["rows"], "model", "width")
-    with _figure(path, max(1, len(panels))) as (figure, axes):
+    with new_figure(path, max(1, len(panels))) as (figure, axes):
         for axis, rows in zip(axes.flat, panels.values(), strict=True):
             for label, mine in _groups(rows, "label").items():
                 _curve(axis, mine, label, color=VARIANT_COLORS[label])
@@ -129,7 +107,7 @@ def convergence(result: Row, path: Path) -> None:
 def data_norm(result: Row, path: Path) -> None:
     """Test accuracy by epoch: batch data normalisation solid, global dashed, a panel a batch size."""
     panels = _groups(result["rows"], "batch_size")
-    with _figure(path, max(1, len(panels)), width=5.5) as (figure, axes):
+    with new_figure(path, max(1, len(panels)), width=5.5) as (figure, axes):
         for axis, (size, rows) in zip(axes.flat, panels.items(), strict=True):
             for (label, norm), mine in _groups(rows, "label", "data_norm").items():
                 style = "-" if norm == "batch" else "--"
@@ -145,7 +123,7 @@ def data_norm(result: Row, path: Path) -> None:
 def hidden_mean(result: Row, path: Path) -> None:
     """By epoch, a line a layer, a column a variant: mean of one unit (seed 0), average \\|mean\\| (all seeds)."""
     columns = _groups([row for row in result["rows"] if row.get("hidden_by_epoch")], "label")
-    with _figure(path, max(1, len(columns)), 2, width=3.2, height=2.9) as (figure, axes):
+    with new_figure(path, max(1, len(columns)), 2, width=3.2, height=2.9) as (figure, axes):
         from matplotlib import colormaps
 
         for column, (label, rows) in enumerate(columns.items()):
@@ -185,7 +163,7 @@ def hidden_mean(result: Row, path: Path) -> None:
 
 def batch_size(result: Row, path: Path) -> None:
     """Final test accuracy against batch size, a line a variant; what failed is named."""
-    with _figure(path, 1, width=7, height=4.2) as (figure, axes):
+    with new_figure(path, 1, width=7, height=4.2) as (figure, axes):
         axis = axes[0, 0]
         groups = _groups(summarize(result["rows"], ("batch_size",)), "label")
         notes: list[tuple[Row, str]] = []
@@ -224,7 +202,7 @@ def batch_size(result: Row, path: Path) -> None:
 
 def table(result: Row, path: Path) -> None:
     """Test error without and with flips: dots with standard deviations, and the paper's numbers."""
-    with _figure(path, 1, width=6.5, height=4) as (figure, axes):
+    with new_figure(path, 1, width=6.5, height=4) as (figure, axes):
         axis = axes[0, 0]
         groups = summarize(result["rows"], ("flip",))
         labels = list(dict.fromkeys(group["label"] for group in groups))
@@ -267,7 +245,7 @@ def activations(result: Row, path: Path) -> None:
     """Final test accuracy of each activation, best first: seeds, mean and standard deviation."""
     groups = summarize(result["rows"], ("activation",))
     groups.sort(key=lambda g: -1.0 if g["mean"] is None else g["mean"])
-    with _figure(path, 1, width=6.5, height=0.9 + 0.32 * max(4, len(groups))) as (figure, axes):
+    with new_figure(path, 1, width=6.5, height=0.9 + 0.32 * max(4, len(groups))) as (figure, axes):
         axis = axes[0, 0]
         color = VARIANT_COLORS["normprop, recommended"]
         for at, group in enumerate(groups):
@@ -325,7 +303,7 @@ def _against_lr(axis: Any, rows: Sequence[Row]) -> None:
 
 def step_size(result: Row, path: Path) -> None:
     """Accuracy on held-out images against step size; what diverged is marked below."""
-    with _figure(path, 1, width=7, height=4.2) as (figure, axes):
+    with new_figure(path, 1, width=7, height=4.2) as (figure, axes):
         rows = result["rows"]
         if rows:
             _against_lr(axes[0, 0], rows)
@@ -338,7 +316,7 @@ def step_size(result: Row, path: Path) -> None:
 def beyond(result: Row, path: Path) -> None:
     """Above the selection of the step size, below test accuracy by epoch at it; a column a model."""
     columns = _groups(result["rows"], "model")
-    with _figure(path, max(1, len(columns)), 2, height=3.3) as (figure, axes):
+    with new_figure(path, max(1, len(columns)), 2, height=3.3) as (figure, axes):
         for column, rows in enumerate(columns.values()):
             above, below = axes[:, column]
             selection = [row for row in rows if row["stage"] == "selection"]
@@ -361,7 +339,7 @@ def speed(result: Row, path: Path) -> None:
     rows = [row for row in result["rows"] if row["status"] == "ok"]
     labels = list(dict.fromkeys(row["label"] for row in rows))
     groups = _groups(rows, "precision", "compiled")
-    with _figure(path, 2, width=4.6) as (figure, axes):
+    with new_figure(path, 2, width=4.6) as (figure, axes):
         ours, paper = axes[0]
         papers = [{"label": label, "seconds_per_epoch": value} for label, value in PAPER_SECONDS.items()]
         modes = [(f"{p}{', compiled' * c}", mine) for (p, c), mine in groups.items()]
@@ -389,7 +367,7 @@ def speed(result: Row, path: Path) -> None:
 def jacobian(result: Row, path: Path) -> None:
     """Singular values beside 1.21; signal and gradient by depth; the error bound and what it bounds."""
     parts = _groups(result["rows"], "part")
-    with _figure(path, 3, width=4.6) as (figure, axes):
+    with new_figure(path, 3, width=4.6) as (figure, axes):
         left, middle, right = axes[0]
         kinds = _groups(parts["singular values"], "kind", "fan_in")
         styles = {"one input": "--", "mean over inputs": "-"}

@@ -18,7 +18,15 @@ from normprop import NormRule
 from normprop.activations import as_module, names
 from normprop.recipes import InputError
 
-NORMS = ("normprop", "batch", "group", "layer", "weight", "none")
+COLORS = {
+    "normprop": "#d1495b",
+    "batch": "#00798c",
+    "group": "#edae49",
+    "layer": "#66a182",
+    "weight": "#8d6a9f",
+    "none": "#7a7a7a",
+}
+NORMS = tuple(COLORS)
 
 
 def check_norms(norms: Sequence[str]) -> None:

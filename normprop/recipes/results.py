@@ -62,6 +62,28 @@ def _commit() -> str | None:
 
 
 @contextmanager
+def new_figure(path: Path, columns: int, lines: int = 1, width: float = 4.5, height: float = 3.6) -> Any:
+    """A figure and its axes in a grid, always two-dimensional; saved whole or not at all."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    size = (width * columns, height * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    try:
+        yield figure, axes
+        for axis in axes.flat:
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        temporary = path.with_name("." + path.name)
+        figure.savefig(temporary, dpi=150)
+        temporary.replace(path)
+    finally:
+        plt.close(figure)
+
+
+@contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Wait until no other process is in this block with the same folder, which must exist."""
     with (folder / ".lock").open("w") as handle:
