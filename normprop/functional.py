@@ -26,6 +26,7 @@ from normprop.rows import (
     _Positional,
     call,
     fan_in_dims as fan_in_dims,
+    in_forward_mode,
     project_ as project_,
     row_view as row_view,
     scale_rows,
@@ -139,7 +140,7 @@ class _Rectify(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, threshold: Tensor | float, slope: float) -> Tensor:
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode()):
             # A linear map's output, which nothing else has seen: nobody misses it, nobody kept it.
             # mark_dirty would say so, but neither vmap nor the compiler takes it.
             y = y.detach()

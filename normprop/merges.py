@@ -311,7 +311,7 @@ class NormalizedCat(nn.Module):
 # --- windows: what they hold at borders ---------------------------------------------------------
 
 
-def _per_axis(value: Any, spatial: int) -> tuple[Any, ...]:
+def per_axis(value: Any, spatial: int) -> tuple[Any, ...]:
     """One entry a spatial dim."""
     entries = tuple(value) if isinstance(value, Sequence) else (value,)
     entries = entries * spatial if len(entries) == 1 else entries
@@ -358,7 +358,7 @@ def _pool_counts(
 ) -> Tensor:
     """Elements in each window of a pool, shape of one output map."""
     lines = []
-    axes = zip(*(_per_axis(value, spatial) for value in (kernel, stride, padding, dilation)), strict=True)
+    axes = zip(*(per_axis(value, spatial) for value in (kernel, stride, padding, dilation)), strict=True)
     for axis, (k, s, p, d) in enumerate(axes):
         # torch.export fixes the length that F.max_pool1d sees; in 2d it does not.
         window = partial(
@@ -376,7 +376,7 @@ def _pool_counts(
 def _adaptive_counts(x: Tensor, spatial: int, output_size: Any) -> Tensor:
     """Elements in each window of an adaptive pool, shape of one output map."""
     lines = []
-    for axis, size in enumerate(_per_axis(output_size, spatial)):
+    for axis, size in enumerate(per_axis(output_size, spatial)):
         ones = _ones(x, axis, spatial)
         lines.append(
             ones if size is None else _counts(ones, partial(F.adaptive_max_pool1d, output_size=size))
@@ -466,8 +466,8 @@ def normalized_avg_pool(
     spatial = _spatial_dims(x, spatial)
     stride = kernel_size if stride is None else stride
     y: Tensor = _AVG_POOL[spatial - 1](x, kernel_size, stride, padding, ceil_mode, False)  # type: ignore
-    if not ceil_mode and not any(_per_axis(padding, spatial)):
-        return y * _scale(1 / math.prod(_per_axis(kernel_size, spatial)), correlation)
+    if not ceil_mode and not any(per_axis(padding, spatial)):
+        return y * _scale(1 / math.prod(per_axis(kernel_size, spatial)), correlation)
     counts = _pool_counts(x, spatial, kernel_size, stride, padding, 1, ceil_mode)
     return y * _scale(1 / counts, correlation).to(y.dtype)
 
@@ -486,7 +486,7 @@ def normalized_adaptive_avg_pool(
     _check_correlation(correlation, "]")
     spatial = _spatial_dims(x, spatial)
     y: Tensor = _ADAPTIVE_AVG_POOL[spatial - 1](x, output_size)  # type: ignore
-    if all(size == 1 for size in _per_axis(output_size, spatial)):
+    if all(size == 1 for size in per_axis(output_size, spatial)):
         return y * _scale(1 / _elements(x, spatial), correlation)
     return y * _scale(1 / _adaptive_counts(x, spatial, output_size), correlation).to(y.dtype)
 
@@ -545,7 +545,7 @@ def _upsample_shares(
     lines: Sequence[Tensor], size: Any, scale_factor: Any, mode: str, align_corners: bool | None
 ) -> Tensor:
     """Sum of squared weights into each output position, shape of one output map; lines: ones, an axis each."""
-    sizes, factors = _per_axis(size, len(lines)), _per_axis(scale_factor, len(lines))
+    sizes, factors = per_axis(size, len(lines)), per_axis(scale_factor, len(lines))
     shares = []
     for ones, out, factor in zip(lines, sizes, factors, strict=True):
         # An output reads at most four neighbours: each is on a comb of its own, so that four combs
@@ -589,7 +589,7 @@ class _AvgPool(nn.Module):
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """The average's signal at the input's variance, and ``scale^2 / n``."""
         (signal,) = signals
-        share = 1 / math.prod(_per_axis(self.kernel_size, self._spatial))
+        share = 1 / math.prod(per_axis(self.kernel_size, self._spatial))
         return _declare_average(signal, torch.tensor([share], dtype=torch.float64), self.correlation)
 
     def extra_repr(self) -> str:
@@ -908,8 +908,8 @@ def normalized_max_pool(
     """
     spatial = _spatial_dims(x, spatial)
     stride = kernel_size if stride is None else stride
-    kernel = _per_axis(kernel_size, spatial)
-    bordered = ceil_mode or any(_per_axis(padding, spatial))
+    kernel = per_axis(kernel_size, spatial)
+    bordered = ceil_mode or any(per_axis(padding, spatial))
     if table is None:
         table = _pool_table(kernel, bordered, activation, correlation)
     y: Tensor = _MAX_POOL[spatial - 1](x, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore
@@ -958,7 +958,7 @@ def normalized_adaptive_max_pool(
         )
     _check_correlation(correlation, ")")
     spatial = _spatial_dims(x, spatial)
-    counts = _adaptive_products(x.shape[-spatial:], _per_axis(output_size, spatial))
+    counts = _adaptive_products(x.shape[-spatial:], per_axis(output_size, spatial))
     table = _max_table(_phi_values(activation) if values is None else values, counts, correlation)
     y: Tensor = _ADAPTIVE_MAX_POOL[spatial - 1](x, output_size)  # type: ignore
     if len(counts) == 1:
@@ -1015,8 +1015,8 @@ class _MaxPool(nn.Module):
         super().__init__(kernel_size, stride, padding, dilation, False, ceil_mode)
         self.correlation = correlation
         self.activation = _activation_name(activation)
-        kernel = _per_axis(kernel_size, self._spatial)
-        bordered = ceil_mode or any(_per_axis(padding, self._spatial))
+        kernel = per_axis(kernel_size, self._spatial)
+        bordered = ceil_mode or any(per_axis(padding, self._spatial))
         self.table = _pool_table(kernel, bordered, activation, correlation)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -1111,7 +1111,7 @@ class _AdaptiveMaxPool(nn.Module):
         """The standardised maximum's signal, and ``1/std^2``, of the largest window; needs ``shapes``."""
         (signal,) = signals
         shape = _map_like(self, shapes).shape[-self._spatial :]
-        count = _adaptive_products(shape, _per_axis(self.output_size, self._spatial))[-1]
+        count = _adaptive_products(shape, per_axis(self.output_size, self._spatial))[-1]
         constants = _max_moments(self.values, (count,), self.correlation)[0]
         return _declare_max(signal, count, self.correlation, *constants)
 
@@ -1333,3 +1333,35 @@ class Standardize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mean={self.mean:.6g}, std={self.std:.6g}"
+
+
+def keep_in_state_dict(module: nn.Module, *names: str) -> None:
+    """Numbers that were measured go with the weights: the state dict's ``constants``, float64.
+
+    Args:
+        module: One of this file's modules.
+        names: Its attributes, numbers or tuples of numbers.
+    """
+    module.kept = names  # type: ignore[assignment]
+    module.register_state_dict_post_hook(_save_constants)
+    module.register_load_state_dict_pre_hook(_load_constants)
+
+
+def _save_constants(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    values = (getattr(module, name) for name in module.kept)
+    numbers = [number for v in values for number in (v if isinstance(v, tuple) else (v,))]
+    state[f"{prefix}constants"] = torch.tensor(numbers, dtype=torch.float64)
+
+
+def _load_constants(
+    module: Any, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
+) -> None:
+    constants = state.pop(f"{prefix}constants", None)
+    if constants is None:
+        missing.append(f"{prefix}constants")
+        return
+    numbers = iter(constants.tolist())
+    for name in module.kept:
+        old = getattr(module, name)
+        new = tuple(next(numbers) for _ in old) if isinstance(old, tuple) else next(numbers)
+        setattr(module, name, new)

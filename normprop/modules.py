@@ -232,6 +232,12 @@ class _Handle(NamedTuple):
         for handle in self.handles:
             handle.remove()
 
+    def __enter__(self) -> _Handle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
 
 def scale_together(model: nn.Module) -> _Handle:
     """From now on each forward of ``model`` scales the weights of all its NormProp layers at once.

@@ -61,7 +61,9 @@ def attach_projection(
         A handle; ``handle.remove()`` ends it.
 
     Raises:
-        ValueError: If the model has no NormProp layer, or the radius is not above 0.
+        ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own
+            (pruned, parametrized), or the radius is not above 0.
+        TypeError: If the optimizer takes no hooks.
 
     Example:
         >>> layer = normprop.NormPropLinear(3, 2)
@@ -73,6 +75,17 @@ def attach_projection(
         >>> bool((layer.weight - before).norm(dim=1).max() < 0.0101)
         True
     """
+    if not hasattr(optimizer, "_optimizer_step_post_hooks"):
+        raise TypeError(
+            f"{type(optimizer).__name__} takes no step hooks: attach the projection to the optimizer that it "
+            "wraps (with Opacus, before make_private)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _NormProp) and "weight" not in module._parameters:
+            raise ValueError(
+                f"the weight of '{name or 'model'}' is parametrized or pruned, so that it cannot be put back on "
+                "the sphere; remove that first (remove_parametrizations, prune.remove)"
+            )
     if not any(isinstance(module, _NormProp) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no NormProp layer to project; build it with "
@@ -193,7 +206,7 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
     kinds = (_NormProp, NormalizedActivation, NormalizedAdd, NormalizedGate)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     directions = [layer.weight for layer in layers if isinstance(layer, (_NormProp, NormalizedAdd))]
-    weights = {id(p): p for p in directions if p is not None}
+    weights = {id(p): p for p in directions if isinstance(p, nn.Parameter)}
     gains = {id(p): p for layer in layers for p in layer.parameters() if id(p) not in weights}
     rest = {id(p): p for p in model.parameters() if id(p) not in weights and id(p) not in gains}
     groups: list[tuple[dict[int, Any], float]] = [(weights, 0.0), (gains, gain_decay), (rest, weight_decay)]

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Geometry = tuple[bool, int]  # whether stored transposed, groups
 
@@ -117,11 +118,18 @@ class _Bound(NamedTuple):
         pass
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are taken (``torch.func.jvp``): forward is then plain torch."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply``, or its forward alone where nothing asks for a gradient or all is traced.
 
     The compiler takes no ``apply`` of :class:`_Positional` arguments without a gradient.
     """
+    if in_forward_mode():
+        return function.forward(*args)  # type: ignore[no-untyped-call]
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     if torch.compiler.is_compiling() or not torch.jit.is_tracing():
         return function.apply(*args) if wanted else function.forward(*args)  # type: ignore[no-untyped-call]

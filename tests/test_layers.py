@@ -842,3 +842,29 @@ def test_affine_is_rsub_with_one_pass_back():
     assert gradcheck(affine, x)
     assert torch.equal(torch.func.vmap(affine)(x), affine(x))
     assert type(affine(x).grad_fn).__name__ == "_AffineBackward"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "prelu", "gelu", None])
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED, NormRule(constants="affine")])
+def test_forward_mode_derivatives(activation, rule):
+    """jvp against differences, a Hessian forward over reverse against reverse over reverse."""
+    layer = normprop.NormPropConv2d(
+        2, 3, 3, padding=1, activation=activation, rule=rule, dtype=torch.float64
+    )
+    net = nn.Sequential(randomise(layer, 1))
+    x, v = some_input(2, inputs=2, dtype=torch.float64), some_input(2, inputs=2, dtype=torch.float64)
+    weights = {name: p.detach() for name, p in net.named_parameters()}
+    steps = {name: torch.randn_like(p) for name, p in weights.items()}
+
+    def run(weights, x):
+        return torch.func.functional_call(net, weights, (x,))
+
+    value, tangent = torch.func.jvp(run, (weights, x), (steps, v))
+    assert torch.equal(value, net(x))
+    ends = []
+    for e in (1e-6, -1e-6):
+        ends.append(run({name: p + e * steps[name] for name, p in weights.items()}, x + e * v))
+    torch.testing.assert_close(tangent, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-7)
+    gradient = torch.func.grad(lambda w: run(w, x).square().sum())
+    torch.testing.assert_close(torch.func.jacfwd(gradient)(weights), torch.func.jacrev(gradient)(weights))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import normprop
 from normprop import NormRule
@@ -386,3 +387,32 @@ def test_trust_radius_must_be_a_number_above_0(radius):
     opt = torch.optim.SGD(layer.parameters(), lr=0.1)
     with pytest.raises(ValueError, match=f"trust_radius must be a number above 0, got {radius}"):
         normprop.attach_projection(opt, layer, radius)
+
+
+def test_what_cannot_be_projected_is_refused():
+    pruned = nn.Sequential(normprop.NormPropLinear(4, 3), normprop.NormPropLinear(3, 2))
+    prune.l1_unstructured(pruned[1], "weight", amount=0.5)
+    optimizer = torch.optim.SGD(pruned.parameters(), lr=0.1)
+    message = r"the weight of '1' is parametrized or pruned, .* remove that first"
+    with pytest.raises(ValueError, match=message):
+        normprop.attach_projection(optimizer, pruned)
+    torch.optim.SGD(normprop.param_groups(pruned, 1e-3), lr=0.1)
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.original_optimizer = inner
+
+    net = normprop.NormPropLinear(4, 3)
+    with pytest.raises(
+        TypeError, match="Wrapper takes no step hooks: attach the projection to the optimizer"
+    ):
+        normprop.attach_projection(Wrapper(torch.optim.SGD(net.parameters(), lr=0.1)), net)
+
+
+def test_a_handle_ends_with_its_block():
+    net = normprop.NormPropLinear(4, 3)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    with normprop.attach_projection(optimizer, net, trust_radius=0.01):
+        assert optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks

@@ -525,6 +525,15 @@ def test_an_unknown_module_has_no_rule():
     assert notes(nn.Sequential(nn.GLU(1)), randn(2, 8)) == {"_0": "no rule for GLU: taken as N(0, 1)"}
 
 
+@pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (2, 2, 1), (3, 1, 2), (20, 2, 1)])
+def test_transposed_convolutions_of_small_maps(size, stride, padding):
+    torch.manual_seed(0)
+    layer = normprop.NormPropConvTranspose2d(64, 256, 4, stride, padding, activation=None)
+    x = randn(512, 64, size, size)
+    expected = float(layer(x).detach().square().mean().sqrt())
+    assert abs(normprop.predict(nn.Sequential(layer), x)["_0"].std / expected - 1) < 0.02
+
+
 def test_behind_integers_a_signal_begins():
     net = nn.Sequential(nn.Embedding(10, 64), normprop.NormPropLinear(64, 8, rule=normprop.RECOMMENDED))
     trace = normprop.predict(net, torch.randint(0, 10, (4, 5)))

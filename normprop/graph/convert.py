@@ -35,7 +35,7 @@ class Site:
     """One place of the source model.
 
     Attributes:
-        path: The module, in the source and in the result.
+        path: The module, in the source and in the result; empty for the model itself.
         source: What stood there: ``Conv2d -> BatchNorm2d -> relu``.
         target: What stands there now, or why it was left.
     """
@@ -71,7 +71,10 @@ class Conversion:
 
         Raises:
             ValueError: If the optimizer holds a parameter that is not the source model's.
+            TypeError: For LBFGS, which keeps a list of its own.
         """
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise TypeError("LBFGS keeps its own list of parameters: build it anew on conversion.model")
         held = [p for group in optimizer.param_groups for p in group["params"]]
         foreign = [p for p in held if id(p) not in self._handover]
         if foreign:
@@ -89,17 +92,24 @@ class Conversion:
             _, new, same = self._handover[id(old)]
             if new is not None and same and state:
                 optimizer.state[new] = state
-        # A layer had no bias, its BatchNorm no affine: those that come anew join the first group.
+        # A layer had no bias, its BatchNorm no affine: what comes anew joins the group of its layer's weight.
         ours = {id(new) for _, new, _ in self._handover.values()}
-        for parameter in self.model.parameters():
-            if parameter.requires_grad and id(parameter) not in ours | given and optimizer.param_groups:
-                optimizer.param_groups[0]["params"].append(parameter)
+        groups = {id(p): group["params"] for group in optimizer.param_groups for p in group["params"]}
+        for layer in self.model.modules():
+            own = list(layer.parameters(recurse=False))
+            beside = next((groups[id(p)] for p in own if id(p) in groups), None)
+            for parameter in own:
+                if parameter.requires_grad and id(parameter) not in ours | given and beside is not None:
+                    beside.append(parameter)
+                    given.add(id(parameter))
 
     def __str__(self) -> str:
         rows = [("path", "source", "now")] + [(s.path, s.source, s.target) for s in self.replaced]
         text = _columns(rows)
         if self.skipped:
-            rows = [("path", "skipped", "because")] + [(s.path, s.source, s.target) for s in self.skipped]
+            rows = [("path", "skipped", "because")] + [
+                (s.path or "model", s.source, s.target) for s in self.skipped
+            ]
             text += "\n\n" + _columns(rows)
         summary = f"{len(self.replaced)} sites replaced, {len(self.skipped)} skipped"
         return "\n".join([text, "", summary, *(f"note: {note}" for note in self.notes)])
@@ -182,7 +192,7 @@ def convert(
         report.notes.append(f"the result computes forward() alone; it has no {', '.join(lost)}")
     report._handover.update(worker.handover())
     if strict and report.skipped:
-        reasons = "\n".join(f"  {s.path}: {s.source}: {s.target}" for s in report.skipped)
+        reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{len(report.skipped)} sites cannot be converted:\n{reasons}")
     return report
 
@@ -279,12 +289,14 @@ class Converter:
         self.twin = copy.deepcopy(model)
         self.rule, self.preserve, self.filter_fn, self.report = rule, preserve, filter_fn, report
         self.new: dict[str, nn.Module] = {}  # by path in the whole model
+        self.pools: dict[str, nn.Module] = {}  # those that were replaced, by path
         self.absorbed: set[str] = set()
         self.moved: dict[str, str | None] = {}  # parameter's name in the source -> in the result
         self.norms_seen = any(isinstance(m, _BatchNorm) for m in model.modules())
 
     def run(self, example: Any) -> nn.Module:
         if not self.norms_seen:
+            self._skip_functional(example)
             return self.twin
         with torch.random.fork_rng(devices=[]):  # code that draws numbers must not change the caller's
             result = self.convert_part(self.twin, "", example)
@@ -296,6 +308,16 @@ class Converter:
         ]
         self.report.notes.extend(f"hook on '{name or 'model'}' is lost: register it anew" for name in lost)
         return result
+
+    def _skip_functional(self, example: Any) -> None:
+        """Say where F.batch_norm stands in a model without BatchNorm modules."""
+        try:
+            graph = tracing.trace(copy.deepcopy(self.twin), example)
+        except TraceError:
+            return
+        for node in graph.graph.nodes:
+            if tracing.is_functional_norm(node):
+                self.skip_functional(tracing.owner(node))
 
     def _is_gone(self, result: nn.Module, name: str) -> bool:
         try:
@@ -312,10 +334,14 @@ class Converter:
             for mode in (True, False):
                 part.train(mode)
                 graphs[mode] = tracing.trace(part, example)
+                if lost := graphs[mode].meta["contexts"]:
+                    raise TraceError(f"its forward uses {' and '.join(lost)}, which a graph does not keep")
+                if example is None and graphs[mode].meta["iterated"]:
+                    raise TraceError("its forward goes through its input one by one; pass example=")
         except TraceError as error:
             for module, flag in flags.items():
                 module.training = flag
-            return self.convert_children(part, prefix, str(error))
+            return self.convert_children(part, prefix, str(error), self.calls_within(part, example))
         inputs = None if self.preserve else calibration(part, example)
         part.eval()
         decided = sorted({path for graph in graphs.values() for path in graph.meta["decisions"]})
@@ -332,7 +358,35 @@ class Converter:
         self.finish(result, part, prefix)
         return result
 
-    def convert_children(self, part: nn.Module, prefix: str, reason: str) -> nn.Module:
+    def calls_within(self, part: nn.Module, example: Any) -> dict[nn.Module, Any] | None:
+        """With what each module in a part is called: tensors, or None if that is no plain call of tensors.
+
+        Returns:
+            The modules that are called; None if the part does not run on the example, or on a guessed one.
+        """
+        calls: dict[nn.Module, Any] = {}
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            plain = not kwargs and all(isinstance(x, Tensor) for x in args)
+            calls.setdefault(module, tuple(x.clone() for x in args) if plain else None)
+
+        inputs = calibration(part, example)
+        if inputs is None:
+            return None
+        twin = copy.deepcopy(part).eval()
+        source = dict(zip(twin.modules(), part.modules(), strict=True))
+        for module in twin.modules():
+            module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                twin(*inputs)
+        except Exception:
+            return None
+        return {source[module]: args for module, args in calls.items()}
+
+    def convert_children(
+        self, part: nn.Module, prefix: str, reason: str, calls: dict[nn.Module, Any] | None
+    ) -> nn.Module:
         if tracing.is_batch_norm(part):
             self.skip(prefix, part, f"its caller's code cannot be followed ({reason})")
             return part
@@ -341,13 +395,25 @@ class Converter:
                 path = f"{prefix}.{name}" if prefix else name
                 if tracing.is_batch_norm(child):
                     self.skip(path, child, f"the code around it cannot be followed ({reason})")
-                else:
+                elif calls is None:
                     part._modules[name] = self.convert_part(child, path, None)
+                elif calls.get(child) is None:
+                    odd = "not called" if child not in calls else "called with more than tensors"
+                    part._modules[name] = self.convert_children(
+                        child, path, f"it is {odd} by its parent", calls
+                    )
+                else:
+                    part._modules[name] = self.convert_part(child, path, calls[child])
         self.report.notes.append(f"'{prefix or 'model'}' was converted child by child: {reason}")
         return part
 
     def skip(self, path: str, module: nn.Module, reason: str) -> None:
         site = Site(path, type(module).__name__, reason)
+        if site not in self.report.skipped:
+            self.report.skipped.append(site)
+
+    def skip_functional(self, path: str) -> None:
+        site = Site(path, "F.batch_norm", "written as a function; use an nn.BatchNorm module")
         if site not in self.report.skipped:
             self.report.skipped.append(site)
 
@@ -364,6 +430,16 @@ class Converter:
                 place(result, name, module)
                 if tracing.is_batch_norm(module):
                     self.skip(path, module, "the model never calls it; delete it")
+        for name, module in part.named_modules():  # what containers hold themselves
+            path = f"{prefix}.{name}" if prefix and name else prefix or name
+            holder = result.get_submodule(name) if has(result, name) or not name else None
+            if holder is None or path in self.new or not (holder is result or type(holder) is nn.Module):
+                continue
+            for table in ("_parameters", "_buffers"):
+                for key, value in getattr(module, table).items():
+                    if value is not None and not hasattr(holder, key):
+                        getattr(holder, table)[key] = value
+            holder._non_persistent_buffers_set |= module._non_persistent_buffers_set & set(holder._buffers)
         for name, value in vars(part).items():
             if not (name.startswith("_") or name in vars(result) or hasattr(fx.GraphModule, name)):
                 setattr(result, name, value)

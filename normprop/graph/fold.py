@@ -56,8 +56,8 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
             and the code's decisions on shapes are taken with it.
 
     Returns:
-        A graph module in eval mode, for inputs of any size that the model takes (behind an adaptive max
-        pool to more than one position: of ``verify``'s, as its constants depend on it).
+        A graph module in eval mode, for inputs of any size that the model takes; of ``verify``'s size
+        where the code turns sizes into Python numbers, or pools adaptively to several maxima.
 
     Raises:
         FoldError: If outputs differ at ``verify``.
@@ -174,9 +174,9 @@ class _Folder:
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return self.graph.call_function(function, args, kwargs)
 
-    def module(self, path: str, module: nn.Module, *args: Any) -> fx.Node:
+    def module(self, path: str, module: nn.Module, *args: Any, **kwargs: Any) -> fx.Node:
         place(self.root, path, module)
-        return self.graph.call_module(path, args)
+        return self.graph.call_module(path, args, kwargs)
 
     def buffer(self, path: str, tensor: Tensor) -> fx.Node:
         name = path.replace(".", "_")
@@ -328,7 +328,9 @@ class _Folder:
             mean, std = table[counts[0]]
             return _Value(pooled, 1 / std, -mean / std)
         like = next((p for p in self.source.parameters()), x)
-        size = [n or before[2 + axis] for axis, n in enumerate(_per_axis(module.output_size, spatial))]
+        size = [
+            n or before[2 + axis] for axis, n in enumerate(merges.per_axis(module.output_size, spatial))
+        ]
         maps = [
             self.buffer(
                 f"{node.target}_{name}",
@@ -358,8 +360,8 @@ class _Folder:
                 plain.padding = (0,) * len(plain.kernel_size)
         else:
             reads = self.value(source)
-        rest = [self.values[a].node if isinstance(a, fx.Node) else a for a in node.args[1:]]
-        y = self.module(path, plain, reads, *rest)
+        rest, named = fx.node.map_arg((node.args[1:], node.kwargs), lambda n: self.values[n].node)
+        y = self.module(path, plain, reads, *rest, **{k: v for k, v in named.items() if k != "input"})
         return self.activated(path, y, activation, mean, std, layer, plain)
 
     def absorb(self, plain: Any, held: _Value, path: str) -> bool:
@@ -496,10 +498,6 @@ def _plain_layer(layer: Any) -> tuple[Any, Any, Any, nn.Module | None]:
         plain.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=learns)
     mean, std = (v.to(layer.weight.device) if isinstance(v, Tensor) else v for v in (mean, std))
     return plain, mean, std, layer.activation
-
-
-def _per_axis(size: Any, spatial: int) -> tuple[Any, ...]:
-    return tuple(size) if isinstance(size, (tuple, list)) else (size,) * spatial
 
 
 def _padding(layer: Any) -> list[int] | None:

@@ -157,9 +157,12 @@ class Walk:
             if "MaxPool" in type(module).__name__:
                 self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
             shapes = [shape(n) for n in inputs]
-            signal, factors = module.propagate(  # type: ignore[operator]
-                *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
-            )
+            try:
+                signal, factors = module.propagate(  # type: ignore[operator]
+                    *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
+                )
+            except ValueError:  # its constants depend on a size that is not known
+                return self._without_rule(node, module), [1.0] * len(inputs)
             return signal, list(factors)
         if operation_name(self.graph_module, node) in LAYOUT:
             return first, [_same] + [0.0] * (len(inputs) - 1)
@@ -327,7 +330,7 @@ class Walk:
         # Shares of the taps, and of the input's variance, that the outputs get.
         taps = None if transposed else _taps(node, layer)
         if taps is None:
-            inside = kept = 1.0 / math.prod(layer.stride) if transposed else 1.0
+            inside = kept = _transposed_share(node, layer) if transposed else 1.0
         else:
             uneven = self.energies.get(tensor_inputs(node)[0])
             energy = taps.inside if uneven is None else taps.read(uneven)
@@ -695,6 +698,24 @@ def _by_term(signal: Signal, rows: Tensor, curves: Tensor) -> Tensor:
 def positions(node: fx.Node) -> tuple[int, ...]:
     """The node's shape behind batch and channels."""
     return (shape(node) or ())[2:]
+
+
+def _transposed_share(node: fx.Node, layer: Any) -> float:
+    """The share of its taps that an output of a transposed convolution reads, on average over the map.
+
+    ``1 / prod(stride)`` far from borders; on small maps less, as most taps reach beyond the input.
+    """
+    before, after = shape(tensor_inputs(node)[0]), shape(node)
+    if before is None or after is None or isinstance(layer.padding, str):
+        return 1.0 / math.prod(layer.stride)
+    share = 1.0
+    for axis, taps in enumerate(layer.kernel_size):
+        dim = axis - len(layer.kernel_size)
+        first = torch.arange(before[dim]) * layer.stride[axis] - layer.padding[axis]
+        place = first[:, None] + torch.arange(taps) * layer.dilation[axis]
+        reached = ((place >= 0) & (place < after[dim])).sum()
+        share *= float(reached) / (taps * after[dim])
+    return share
 
 
 def _taps(node: fx.Node, layer: Any) -> _Taps | None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normprop import activations, functional, merges, modules
+from normprop.data_norm import DATA_NORMS, GlobalDataNorm
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.predict import Walk
@@ -89,7 +90,10 @@ class Flow:
         if "dropout" in key(node) and node.op == "call_function":
             return args[0]  # the constants are those of eval mode
         if node.op == "call_module":
-            return self.graph_module.get_submodule(str(node.target))(*args, **kwargs)
+            module = self.graph_module.get_submodule(str(node.target))
+            if isinstance(module, DATA_NORMS):
+                return args[0]  # the noise stands for what comes out of it
+            return module(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs) if node.op == "call_function" else None  # type: ignore[operator]
@@ -264,11 +268,8 @@ class Rewriter:
 
     def norm_reason(self, node: fx.Node) -> str | None:
         """Why a BatchNorm is left; empty if it is converted, None if it is none."""
-        if key(node) == "batch_norm" and node.op == "call_function":
-            place = nn.BatchNorm2d(1)
-            self.owner.skip(
-                self.path(tracing.owner(node)), place, "written as F.batch_norm; use an nn.BatchNorm module"
-            )
+        if tracing.is_functional_norm(node):
+            self.owner.skip_functional(self.path(tracing.owner(node)))
             return "functional"
         module = self.module(node)
         if module is None or not tracing.is_batch_norm(module):
@@ -365,13 +366,16 @@ class Rewriter:
         full = self.path(path)
         if full not in self.owner.new:
             build = self.build_layer if chain.weight is not None else self.build_activation
+            if not self.preserve and chain.end is head is chain.norm and self.reads_data(head):
+                build = self.build_data_norm
             self.owner.new[full] = build(chain, head)
         if not self.preserve:
             source = self.ready(source)
         place(self.graph_module, path, self.owner.new[full])
         with self.graph.inserting_before(head):
-            rest = head.args[1:] if head.op == "call_module" else ()
-            node = self.graph.call_module(path, (source, *rest))
+            rest, named = (head.args[1:], head.kwargs) if head.op == "call_module" else ((), {})
+            named = {name: value for name, value in named.items() if name != "input"}
+            node = self.graph.call_module(path, (source, *rest), named)
         node.meta = dict(head.meta, value=chain.end.meta.get("value", head.meta.get("value")))
         if "value" not in chain.end.meta and "value" not in head.meta:
             node.meta.pop("value")
@@ -501,6 +505,33 @@ class Rewriter:
         self.record(str(head.target), name, new)
         return new.train(norm.training)
 
+    def reads_data(self, head: fx.Node) -> bool:
+        """Whether a BatchNorm normalises the model's input itself."""
+        source = tensor_inputs(head)[0]
+        while key(source) in _PASSING:
+            source = tensor_inputs(source)[0]
+        return source.op == "placeholder"
+
+    def build_data_norm(self, chain: _Chain, head: fx.Node) -> nn.Module:
+        """A GlobalDataNorm with the statistics that a BatchNorm on the data has gathered."""
+        norm: Any = self.module(head)
+        path = self.path(str(head.target))
+        if norm.running_mean is None or not norm.num_batches_tracked:
+            self.owner.report.notes.append(
+                f"'{path}' normalised the data and has no statistics yet: data now pass as they are; put "
+                "normprop.GlobalDataNorm.fit(data) before the model"
+            )
+            return self.build_activation(chain, head)
+        size = shape(head)
+        spatial = len(size) - 2 if size else 2 * isinstance(norm, nn.BatchNorm2d)
+        result = GlobalDataNorm((norm.num_features, *[1] * spatial))
+        result.mean.copy_(norm.running_mean.view(result.mean.shape))
+        result.std.copy_((norm.running_var + norm.eps).sqrt().view(result.std.shape))
+        for name, _ in norm.named_parameters():
+            self.owner.moved[f"{path}.{name}"] = None
+        self.owner.replaced(path, type(norm).__name__, "GlobalDataNorm")
+        return result.to(norm.running_mean.device)
+
     # Fresh: everything between the layers -------------------------------------------------------
 
     def rewrite_fresh(self, chains: dict[fx.Node, _Chain]) -> None:
@@ -536,6 +567,8 @@ class Rewriter:
                 elif key(node) == "cat" and isinstance(node.args[0], (list, tuple)):
                     parts = [self.ready(n) if isinstance(n, fx.Node) else n for n in node.args[0]]
                     node.args = (parts, *node.args[1:])
+                elif type(self.module(node)) is nn.Dropout and self.feeds_hidden(node, chains):
+                    node = self.rewrite_dropout(node)
                 else:
                     node = self.rewrite_pool(node)
                 if node not in self.flow.visited:
@@ -559,7 +592,9 @@ class Rewriter:
         far = max(abs(mean), abs(std - 1), wrong)
         if far <= _TOLERANCE or not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
             return node
-        path = self.install(node, "standardize", merges.Standardize(mean, std))
+        module = merges.Standardize(mean, std)
+        merges.keep_in_state_dict(module, "mean", "std")
+        path = self.install(node, "standardize", module)
         with self.graph.inserting_after(node):
             new = self.graph.call_module(path, (node,))
         new.meta = dict(node.meta)
@@ -653,6 +688,7 @@ class Rewriter:
             if not 0.2 <= math.hypot(*there) <= 5.0:
                 ends[0], there = self.ready(ends[0]), (0.0, 1.0)
             module = merges.NormalizedAdd.residual(max(2, self.depth), stds=(there[1], scaled))
+            merges.keep_in_state_dict(module, "stds")
         return self.replace(node, self.install(node, "add", module, "add"), tuple(ends))
 
     def rewrite_gate(self, node: fx.Node, index: int, phi: nn.Module | None) -> fx.Node:
@@ -670,7 +706,9 @@ class Rewriter:
 
     def rewrite_pool(self, node: fx.Node) -> fx.Node:
         """A pool, an average over all positions or an upsampling as its normalised twin; else the node."""
-        module = self.module(node)
+        module = self.owner.pools.get(
+            self.path(str(node.target)), self.module(node)
+        )  # the first call's is ours
         source = next(iter(tensor_inputs(node)), None)
         if source is None or self.flow.moments(source) is None:
             return node
@@ -684,10 +722,14 @@ class Rewriter:
             path = str(node.target)
             known = self.owner.new.get(self.path(path))
             if known is None:
+                self.owner.pools[self.path(path)] = module
                 self.owner.new[self.path(path)] = known = pool.train(module.training)
                 keep_hooks(module, known)
                 self.record(path, name, known)
-            place(self.graph_module, path, known)
+            if repr(known) == repr(pool):
+                place(self.graph_module, path, known)
+            else:  # the same module after another activation, or of another correlation
+                path = self.install(node, "pool", pool.train(module.training), name)
         else:
             path = self.install(node, "pool", pool, name)
         new = self.replace(node, path, (source,))
@@ -703,17 +745,44 @@ class Rewriter:
             return flat
         return new
 
+    def feeds_hidden(self, node: fx.Node, chains: dict[fx.Node, _Chain]) -> bool:
+        """Whether all that reads a map are hidden weight layers, whose activation counts on variance 1."""
+        readers = list(node.users)
+        for reader in readers:  # grows
+            if key(reader) in _PASSING:
+                readers += reader.users
+            elif reader not in chains or not (chains[reader].norm or chains[reader].activation):
+                return False
+        return bool(readers)
+
+    def rewrite_dropout(self, node: fx.Node) -> fx.Node:
+        """Dropout between hidden layers keeps variance, or each would add to that of the one before."""
+        module: Any = self.module(node)
+        source = self.ready(tensor_inputs(node)[0])
+        new = merges.NormalizedDropout(module.p).train(module.training)
+        path = str(node.target)
+        if len(self.calls[path]) > 1 or keep_hooks(module, new):
+            path = self.install(node, "hidden_dropout", new, "Dropout")
+        else:
+            self.owner.new[self.path(path)] = new
+            place(self.graph_module, path, new)
+            self.record(path, "Dropout", new)
+        return self.replace(node, path, (source,))
+
     def correlate(self, pool: nn.Module, source: fx.Node) -> None:
         """Give a global average pool the correlation of the positions that it averages."""
         x = self.flow.values.get(source)
         if not isinstance(x, Tensor) or "AdaptiveAvg" not in type(pool).__name__ or x.ndim <= 2:
             return
         count = math.prod(x.shape[2:])
-        if count < 2 or any(size not in (1, None) for size in _tuple(pool.output_size)):
+        if count < 2 or any(
+            size not in (1, None) for size in merges.per_axis(pool.output_size, x.ndim - 2)
+        ):
             return
         share = float(x.flatten(2).float().mean(2).var() / x.float().var().clamp_min(1e-12))
         if math.isfinite(share):
             pool.correlation = min(max((count * share - 1) / (count - 1), 0.0), 0.99)  # type: ignore[assignment]
+            merges.keep_in_state_dict(pool, "correlation")
 
     def replace(self, node: fx.Node, path: str, args: tuple[Any, ...]) -> fx.Node:
         with self.graph.inserting_before(node):
@@ -740,16 +809,14 @@ class Rewriter:
         return None
 
 
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
-
-
 def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
 def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | None) -> nn.Module | None:
-    """The normalised twin of a pool; None if the node is none, or returns indices."""
+    """The normalised twin of a pool; None if the node is none, is one already, or returns indices."""
+    if type(module).__module__ == merges.__name__:
+        return None
     kind = type(module).__name__ if module is not None else key(node)
     if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.return_indices:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")

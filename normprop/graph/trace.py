@@ -80,16 +80,23 @@ class _Concrete:
         return self._augmented(operator.itruediv, other)
 
     def __len__(self) -> int:
-        return len(self._value("length"))
+        value = self._value("length")
+        return len(self._fixed(value) if isinstance(value, Tensor) else value)
 
     def __int__(self) -> int:
-        return int(self._value("value"))
+        return int(self._fixed(self._value("value")))
 
     def __index__(self) -> int:
-        return operator.index(self._value("value"))
+        return operator.index(self._fixed(self._value("value")))
 
     def __float__(self) -> float:
-        return float(self._value("value"))
+        return float(self._fixed(self._value("value")))
+
+    def _fixed(self, value: Any) -> Any:
+        """The value, which the graph then holds for all inputs; the number of channels it may."""
+        if not (key(self.node) in ("getitem", "size") and self.node.args[-1] == 1):
+            self.tracer.decisions.add(owner(self.node))  # type: ignore[attr-defined]
+        return value
 
 
 class _Missing:
@@ -119,6 +126,8 @@ class _Tracer(fx.Tracer):
         self.inputs = inputs
         self.leaves = leaves
         self.decisions: set[str] = set()
+        self.contexts: set[str] = set()
+        self.iterated = False  # over an input
         self.evaluating = False
         # Shapes alone are wanted: the meta device computes nothing.
         self.shadow = None if inputs is None else copy.deepcopy(model).to("meta").eval()
@@ -160,6 +169,9 @@ class _Tracer(fx.Tracer):
         value = obj.node.meta.get("value", _MISSING)
         if value is _MISSING:
             return super().iter(obj)
+        if isinstance(value, Tensor):  # it may have been made for a list
+            self.decisions.add(owner(obj.node))
+            self.iterated |= obj.node.op == "placeholder"
         return iter([obj[index] for index in range(len(value))])  # type: ignore[index]
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -173,6 +185,10 @@ class _Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
     ) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *rest, **more)
+        if not torch.is_grad_enabled():
+            self.contexts.add("torch.no_grad()")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            self.contexts.add("torch.autocast()")
         if self.shadow is not None:
             self.evaluating = True
             try:
@@ -252,7 +268,12 @@ def trace(
     before = set(vars(model))
     try:
         tracer = _Tracer(model, inputs, leaves)
-        graph = tracer.trace(model, concrete_args=_defaults(model, inputs))
+        with (
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
+        ):
+            graph = tracer.trace(model, concrete_args=_defaults(model, inputs))
     except Exception as error:
         for name in set(vars(model)) - before:
             delattr(model, name)
@@ -273,6 +294,8 @@ def trace(
             graph.erase_node(node)
     result = fx.GraphModule(model, graph, type(model).__name__)
     result.meta["decisions"] = sorted(tracer.decisions)
+    result.meta["contexts"] = sorted(tracer.contexts)
+    result.meta["iterated"] = tracer.iterated
     for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
         path = str(node.target).rpartition(".")[0]
         if node.op == "get_attr" and path and isinstance(model.get_submodule(path), WEIGHT_LAYERS):
@@ -409,16 +432,17 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 def guess_example(model: nn.Module) -> Tensor | None:
     """One input without data, from timm's ``pretrained_cfg`` or the first weight layer; None if unclear."""
     config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("input_size"):
-        return torch.empty(1, *config["input_size"], device="meta")
     first = next((m for m in model.modules() if isinstance(m, WEIGHT_LAYERS)), None)
-    if isinstance(first, nn.Linear):
-        return torch.empty(1, first.in_features, device="meta")
-    if isinstance(first, _ConvNd):
-        sizes = {1: 1024, 2: 224, 3: 32}
+    if isinstance(config, Mapping) and config.get("input_size"):
+        size = tuple(config["input_size"])
+    elif isinstance(first, nn.Linear):
+        size = (first.in_features,)
+    elif isinstance(first, _ConvNd):
         spatial = len(first.kernel_size)
-        return torch.empty(1, first.in_channels, *[sizes[spatial]] * spatial, device="meta")
-    return None
+        size = (first.in_channels, *[{1: 1024, 2: 224, 3: 32}[spatial]] * spatial)
+    else:
+        return None
+    return torch.empty(1, *size, device="meta", dtype=None if first is None else first.weight.dtype)
 
 
 def is_weight_layer(module: Any) -> bool:
@@ -554,9 +578,14 @@ def _calls_as_built(node: fx.Node, path: str, layer: Any) -> bool:
     return True
 
 
+def is_functional_norm(node: fx.Node) -> bool:
+    """Whether a node is ``F.batch_norm``."""
+    return key(node) == "batch_norm" and node.op == "call_function"
+
+
 def is_parametrized(module: nn.Module) -> bool:
-    """Whether torch.nn.utils.parametrize recomputes its weight."""
-    return parametrize.is_parametrized(module)
+    """Whether its weight is computed from other parameters: by parametrize, or by a hook as older tools do."""
+    return parametrize.is_parametrized(module) or "weight" not in module._parameters
 
 
 def shape(node: Any) -> tuple[int, ...] | None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 import normprop
 from normprop.graph.trace import OURS
@@ -286,13 +287,7 @@ _FORMATS: dict[str, tuple[Callable[..., None], Callable[..., list[Tensor]]]] = {
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors in tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (tuple, list)):
-        return []
-    return [tensor for part in value for tensor in _tensors(part)]
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _first_line(error: Exception) -> str:

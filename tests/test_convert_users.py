@@ -1,0 +1,345 @@
+"""``convert`` on what users' models do: modules called twice, contexts, sizes as numbers, calls by parents."""
+
+import copy
+import pickle
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from code_model import Code
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import normprop
+from normprop import convert, fold
+from normprop.graph.convert import ConversionError
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def block(channels, out, act=nn.ReLU):
+    return nn.Sequential(nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), act())
+
+
+def used(model):
+    """In float64, statistics as after training."""
+    torch.manual_seed(0)
+    for norm in model.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+            norm.num_batches_tracked += 7
+    return model.double().eval()
+
+
+def assert_preserved(model, *inputs):
+    conversion = convert(model, preserve=True, strict=True, example=inputs)
+    torch.testing.assert_close(conversion.model(*inputs), model(*inputs), rtol=1e-9, atol=1e-9)
+    return conversion
+
+
+# --- modules that are called twice ---------------------------------------------------------------
+
+TWICE = {
+    "max pool": (nn.MaxPool2d(2), "NormalizedMaxPool2d"),
+    "average pool": (nn.AvgPool2d(2), "NormalizedAvgPool2d"),
+    "upsampling": (nn.Upsample(scale_factor=2, mode="bilinear"), "NormalizedUpsample"),
+}
+
+
+@pytest.mark.parametrize("pool", TWICE)
+@pytest.mark.parametrize("act", [nn.ReLU, nn.GELU])
+def test_a_pool_that_is_called_twice(pool, act):
+    module, name = TWICE[pool]
+    model = nn.Sequential(block(3, 8), module, block(8, 8, act), module).double()
+    conversion = convert(model, strict=True)
+    x = randn(64, 3, 16, 16)
+    fold(conversion.model, verify=x)
+    found = [type(m).__name__ for m in conversion.model.modules()]
+    other = pool == "max pool" and act is nn.GELU  # its constants are those of another activation
+    assert found.count(name) == 1 + other
+    trace = normprop.predict(conversion.model, x)
+    pools = [record for record in trace.records if record.op == name]
+    assert len(pools) == 2
+    for record in pools:
+        assert abs(record.mean) < 0.25  # borders have less variance
+        assert abs(record.std - 1) < 0.15
+    assert not convert(conversion.model).replaced  # again
+
+
+# --- state ---------------------------------------------------------------------------------------
+
+
+def test_measured_constants_go_with_the_weights():
+    def build(seed):
+        torch.manual_seed(seed)
+        trunk = [block(8, 8), nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8))]
+        body = Code(
+            lambda self, x: self.relu(x + self.b(self.a(x))), a=trunk[0], b=trunk[1], relu=nn.ReLU()
+        )
+        parts = (block(3, 8), body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+        return convert(nn.Sequential(*parts).double()).model.eval()
+
+    one, other, x = build(0), build(1), randn(4, 3, 9, 9)
+    kept = [name for name in one.state_dict() if name.endswith("constants")]
+    assert len(kept) >= 2
+    assert not torch.equal(other.state_dict()[kept[0]], one.state_dict()[kept[0]])
+    assert float((other(x) - one(x)).detach().abs().max()) > 0.01
+    for receiver in (other, copy.deepcopy(build(2)), pickle.loads(pickle.dumps(build(3)))):
+        receiver.load_state_dict(one.state_dict())
+        assert torch.equal(receiver(x), one(x))
+    fold(other, verify=x)
+    rest = {name: value for name, value in one.state_dict().items() if name != kept[0]}
+    with pytest.raises(RuntimeError, match=f'Missing key.*"{re.escape(kept[0])}"'):
+        other.load_state_dict(rest)
+    assert not list(one.buffers())
+
+
+def test_what_containers_hold_is_kept():
+    model = Code(lambda self, x: self.net(x), net=block(3, 4))
+    model.scale = nn.Parameter(torch.ones(()))
+    model.net.extra = nn.Parameter(torch.zeros(2))
+    model.register_buffer("queue", torch.zeros(3))
+    model.register_buffer("hidden", torch.zeros(1), persistent=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    conversion = convert(model)
+    names = set(conversion.model.state_dict())
+    assert names == {"scale", "queue", "net.extra", "net.0.weight", "net.0.bias", "net.0.gain"}
+    assert {name for name, _ in conversion.model.named_buffers()} == {"queue", "hidden"}
+    conversion.update_optimizer_(optimizer)
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert held == {id(p) for p in conversion.model.parameters()}
+
+
+def test_two_optimizers_share_nothing():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False),
+        nn.BatchNorm2d(4, affine=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (model[:3], model[4:])]
+    conversion = convert(model, example=torch.randn(1, 3, 3, 3))
+    names = {id(p): name for name, p in conversion.model.named_parameters()}
+    held = []
+    for optimizer in optimizers:
+        conversion.update_optimizer_(optimizer)
+        held.append({names[id(p)] for group in optimizer.param_groups for p in group["params"]})
+    assert held == [{f"{layer}.{name}" for name in ("weight", "gain", "bias")} for layer in (0, 4)]
+    with pytest.raises(TypeError, match=r"LBFGS keeps its own list .* build it anew on conversion\.model"):
+        conversion.update_optimizer_(torch.optim.LBFGS(model.parameters()))
+
+
+# --- the parent's code ---------------------------------------------------------------------------
+
+
+def test_lost_methods_are_noted():
+    class Net(nn.Sequential):
+        def features(self, x):
+            return self[0](x)
+
+        def _private(self):
+            pass
+
+    assert convert(Net(block(3, 4))).notes == ["the result computes forward() alone; it has no features"]
+    assert not convert(nn.Sequential(block(3, 4))).notes
+
+
+def test_what_runs_without_gradients_stays_so():
+    def body(self, x):
+        with torch.no_grad():
+            h = self.frozen(x)
+        return self.head(h)
+
+    model = used(Code(body, frozen=block(3, 4), head=block(4, 4)))
+    conversion = assert_preserved(model, randn(2, 3, 8, 8))
+    assert "its forward uses torch.no_grad(), which a graph does not keep" in " ".join(conversion.notes)
+    conversion.model(randn(2, 3, 8, 8)).sum().backward()
+    got = {name for name, p in conversion.model.named_parameters() if p.grad is not None}
+    assert got == {"head.0.weight", "head.0.bias", "head.0.gain"}
+    with torch.no_grad():  # the caller's own is no business of the model's
+        assert not convert(nn.Sequential(block(3, 4))).notes
+
+
+def test_autocast_in_forward_stays():
+    def body(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = self.a(x)
+        return self.b(h.float())
+
+    conversion = convert(Code(body, a=block(3, 4), b=block(4, 4)))
+    assert "torch.autocast()" in " ".join(conversion.notes)
+    seen = []
+    conversion.model.a.register_forward_hook(lambda m, args, out: seen.append(out.dtype))
+    conversion.model(torch.randn(2, 3, 8, 8))
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("code", "noted"),
+    [
+        (lambda h: F.interpolate(h, size=(int(h.shape[2]) * 2, 8)), True),
+        (lambda h: sum(h[:, :, t] for t in range(h.shape[2])), True),
+        (lambda h: h / float(h.shape[3]), True),
+        (lambda h: torch.stack(list(h)), True),
+        (lambda h: h.view(h.shape[0], int(h.shape[1]), -1), False),
+        (lambda h: h.view(h.size(0), -1, h.size(3)), False),
+    ],
+)
+def test_sizes_that_become_numbers_are_noted(code, noted):
+    notes = convert(
+        Code(lambda self, x: code(self.net(x)), net=block(3, 4)), example=torch.randn(2, 3, 6, 6)
+    ).notes
+    assert any("is for sizes like the example's" in note for note in notes) == noted
+
+
+class Head(nn.Module):
+    """Takes a list of maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = block(8, 8)
+
+    def forward(self, maps):
+        return sum(self.conv(x).mean((2, 3)) for x in maps)
+
+
+class Backbone(nn.Module):
+    """Used by a method that is not its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = block(3, 8), block(8, 8)
+
+    def features(self, x):
+        return self.b(self.a(x))
+
+    def forward(self, x):
+        return self.features(x).mean((2, 3))
+
+
+def by_parts(self, x):
+    if float(x.sum()) > 1e9:  # fx cannot follow it
+        return x
+    h = self.backbone.features(x)
+    return self.head([h, 2 * h])
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_parts_are_converted_as_their_parent_calls_them(given):
+    model, x = used(Code(by_parts, backbone=Backbone(), head=Head())), randn(4, 3, 16, 16)
+    conversion = convert(model, preserve=True, strict=True, example=x if given else None)
+    torch.testing.assert_close(conversion.model(x), model(x), rtol=1e-9, atol=1e-9)
+    said = " ".join(conversion.notes)
+    assert "'backbone' was converted child by child: it is not called by its parent" in said
+    assert "'head' was converted child by child: it is called with more than tensors by its parent" in said
+    fresh = convert(model, strict=True).model
+    assert fresh(x).shape == (4, 8)
+    assert fresh.backbone.features(x).shape == (4, 8, 16, 16)
+
+
+def test_a_list_is_not_guessed_to_be_a_batch():
+    def body(self, x):
+        if not isinstance(x, list):
+            raise ValueError("a list of images is wanted")
+        return self.head(x)
+
+    model = used(Code(body, head=Head()))
+    maps = [randn(2, 8, 6, 6), randn(2, 8, 3, 3, seed=1)]
+    conversion = convert(model, preserve=True)
+    torch.testing.assert_close(conversion.model(maps), model(maps), rtol=1e-9, atol=1e-9)
+
+
+def test_keyword_arguments_of_a_layer_are_kept():
+    class Up(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 4, 3, 2, 1), nn.ConvTranspose2d(4, 4, 3, 2, 1)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return self.norm(self.up(self.down(x), output_size=x.shape[2:]))
+
+    model = used(Up())
+    x, odd = randn(2, 3, 16, 16), randn(2, 3, 15, 17)
+    for converted in (assert_preserved(model, x).model, convert(model).model):
+        folded = fold(converted, verify=x)
+        for some in (x, odd):
+            assert converted(some).shape[2:] == some.shape[2:]
+            torch.testing.assert_close(folded(some), converted(some), rtol=1e-9, atol=1e-9)
+
+
+# --- what stands between layers ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("p", [0.2, 0.5])
+def test_dropout_between_hidden_layers_adds_no_variance(p, shared):
+    torch.manual_seed(0)
+    drop, layers = nn.Dropout(p), []
+    for inputs in (64, *[256] * 5):
+        layers += [
+            nn.Linear(inputs, 256),
+            nn.BatchNorm1d(256),
+            nn.ReLU(),
+            drop if shared else nn.Dropout(p),
+        ]
+    x = torch.randn(1024, 64)
+    conversion = convert(nn.Sequential(*layers, nn.Linear(256, 10)), strict=True, example=x)
+    kinds = [type(m) for m in conversion.model.modules() if isinstance(m, nn.Dropout)]
+    assert kinds.count(normprop.NormalizedDropout) == 5
+    assert kinds.count(nn.Dropout) == 1  # before the output, whose scale nobody counts on
+    with torch.no_grad():
+        evaluated = float(conversion.model.eval()(x).std())
+        trained = float(conversion.model.train()(x).std())
+    assert abs(evaluated - 1) < 0.15
+    assert abs(trained * (1 - p) ** 0.5 - 1) < 0.15
+    fold(conversion.model, verify=x)
+
+
+def test_a_norm_of_the_data_becomes_a_data_norm():
+    data = 1000 + 100 * randn(512, 6)
+    model = nn.Sequential(
+        nn.BatchNorm1d(6), nn.Linear(6, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 8)
+    ).double()
+    fresh = convert(model, example=data)
+    assert "'0' normalised the data and has no statistics yet" in " ".join(fresh.notes)
+    for _ in range(60):
+        model(data)
+    conversion = convert(model, strict=True, example=data)
+    assert not conversion.notes
+    end = conversion.model.get_submodule("0")
+    assert isinstance(end, normprop.GlobalDataNorm)
+    torch.testing.assert_close(end.mean, data.mean(0), rtol=5e-3, atol=0)
+    torch.testing.assert_close(end.std, data.std(0), rtol=5e-2, atol=0)
+    assert abs(float(conversion.model(data).detach().std()) - 1) < 0.25
+    fold(conversion.model, verify=data)
+    images = convert(used(nn.Sequential(nn.BatchNorm2d(3), block(3, 4))))
+    assert images.model.get_submodule("0").mean.shape == (3, 1, 1)
+    assert images.model(randn(2, 3, 5, 5)).shape == (2, 4, 5, 5)
+
+
+# --- what is left, and why ------------------------------------------------------------------------
+
+
+def test_old_spectral_norm_is_skipped_with_the_way_out():
+    for preserve in (True, False):
+        model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4), nn.ReLU())
+        skipped = convert(model, preserve=preserve).skipped
+        assert [(site.path, "parametrized" in site.target) for site in skipped] == [("0", True)]
+
+
+def test_strict_names_a_norm_that_is_a_function():
+    def body(self, x):
+        return F.batch_norm(self.conv(x), torch.zeros(4), torch.ones(4), training=self.training)
+
+    model = Code(body, conv=nn.Conv2d(3, 4, 3))
+    with pytest.raises(
+        ConversionError, match=r"F\.batch_norm: written as a function; use an nn\.BatchNorm"
+    ):
+        convert(model, strict=True)
+    assert len(convert(model).skipped) == 1
