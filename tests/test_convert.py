@@ -527,7 +527,7 @@ SKIPPED = {
     ),
     "functional": (
         lambda: Code(lambda self, x: F.batch_norm(self.conv(x), None, None, training=True), conv=C(3, 8), bn=B(8)),
-        {}, "", r"F\.batch_norm; use an nn\.BatchNorm",
+        {}, "", r"written as a function; use an nn\.BatchNorm",
     ),
     "parametrized": (
         lambda: triple(parametrizations.weight_norm(C(3, 8)), B(8)), {}, "conv", "remove_parametrizations first",
