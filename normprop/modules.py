@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -116,29 +117,51 @@ class _NormProp(nn.Module):
 
         Returns:
             The torch parent for ``activation=None``; for ReLU a ``Sequential`` of it and
-            ``nn.Threshold``; else of it, the activation and, unless the constants are "none", one
-            affine map (an ``fx.GraphModule`` of a subtraction and a division).
+            ``nn.Threshold`` (a ``torch.maximum`` where constants follow gain and bias); else of it, the
+            activation and, unless the constants are "none", one affine map (an ``fx.GraphModule`` of a
+            subtraction and a division).
         """
-        mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
-        relu = type(self.activation) is nn.ReLU and isinstance(mean, float) and isinstance(std, float)
-        scale, shift = (float(std), float(mean / std)) if relu else (1.0, 0.0)
-        arguments = parent_arguments(self)
-        has_bias = self.bias is not None or shift != 0.0
-        layer = self._parent(**arguments, bias=has_bias, device=self.weight.device, dtype=self.weight.dtype)
-        row = (self.rule.centered, self.transposed, self.groups)
-        layer.weight.copy_(functional.scaled_weight(self.weight, self.gain, self.stretch / scale, *row))
-        if has_bias:
-            bias = torch.zeros_like(self.gain) if self.bias is None else self.bias
-            layer.bias.copy_(bias / scale - shift)
-            layer.bias.requires_grad_(self.weight.requires_grad)
-        layer.weight.requires_grad_(self.weight.requires_grad)
+        layer, mean, std = self.plain()
         layer.train(self.training)
         if self.activation is None:
             return layer
-        if relu:
-            return nn.Sequential(layer, nn.Threshold(-shift, -shift)).train(self.training)
-        parts = _fuse_activation(self.activation, mean, std, self._channel_dim, self.weight)
+        if type(self.activation) is not nn.ReLU:
+            parts = _fuse_activation(self.activation, mean, std, self._channel_dim, self.weight)
+        elif isinstance(low := -mean / std, float):
+            parts = [nn.Threshold(low, low)]
+        else:
+            parts = [_map([(torch.maximum, low.to(self.weight.dtype))], self._channel_dim)]
         return nn.Sequential(layer, *parts).train(self.training)
+
+    @torch.no_grad()
+    def plain(self) -> tuple[Any, functional.Number, functional.Number]:
+        """The torch parent that computes what the activation is given, and the mean and std of what it makes.
+
+        ReLU's constants are in the layer: ``(relu(z) - mean)/std = max(z/std - mean/std, -mean/std)``.
+        Computed in float64.
+        """
+        exact = copy.deepcopy(self).cpu().double()
+        mean, std = functional.constants(
+            exact.activation, exact.rule, exact.gain, exact.bias, exact.standard
+        )
+        relu = type(exact.activation) is nn.ReLU
+        scale, shift = (std, mean / std) if relu else (1.0, 0.0)
+        row = (exact.rule.centered, exact.transposed, exact.groups)
+        weight = functional.scaled_weight(exact.weight, exact.gain / scale, exact.stretch, *row)
+        bias = None if exact.bias is None else exact.bias / scale
+        if relu and not (isinstance(shift, float) and shift == 0.0):
+            bias = (torch.zeros_like(exact.gain) if bias is None else bias) - shift
+        layer = self._parent(
+            **parent_arguments(self), bias=bias is not None, device="meta", dtype=self.weight.dtype
+        )
+        learns = self.weight.requires_grad
+        layer.weight = nn.Parameter(weight.to(self.weight), requires_grad=learns)
+        if self.weight.ndim == 4 and self.weight.is_contiguous(memory_format=torch.channels_last):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.to(self.weight), requires_grad=learns)
+        mean, std = (v.to(self.weight.device) if isinstance(v, Tensor) else v for v in (mean, std))
+        return layer, mean, std
 
     def extra_repr(self) -> str:
         name = None if self.activation is None else activations.name_of(self.activation)
@@ -295,17 +318,15 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
         return 1.0 / (jacobian if isinstance(jacobian, float) else float(jacobian.mean()))
 
 
-def _affine(
-    first: Callable[..., Tensor], a: Any, second: Callable[..., Tensor], b: Any, dim: int
-) -> fx.GraphModule:
-    """``second(first(x, a), b)`` as torch's own module; vectors a, b lie along dim ``dim`` of x."""
+def _map(steps: Sequence[tuple[Callable[..., Tensor], Any]], dim: int) -> fx.GraphModule:
+    """``function(x, value)`` one after another, as torch's own module; vectors lie along dim ``dim`` of x."""
     root = nn.Module()
     graph = fx.Graph()
     y = graph.placeholder("x")
-    per_channel = any(isinstance(v, Tensor) and v.numel() > 1 for v in (a, b))
+    per_channel = any(isinstance(value, Tensor) and value.numel() > 1 for _, value in steps)
     if per_channel:
         y = graph.call_function(torch.movedim, (y, dim, -1))
-    for name, function, value in (("a", first, a), ("b", second, b)):
+    for name, (function, value) in zip("ab", steps, strict=False):
         if isinstance(value, Tensor):
             root.register_buffer(name, value.detach().clone())
             value = graph.get_attr(name)
@@ -323,7 +344,7 @@ def _fuse_activation(
     parts = [activations.plain_module(activation)]
     if isinstance(mean, Tensor) or isinstance(std, Tensor) or (mean, std) != (0.0, 1.0):
         mean, std = (c.to(like.dtype) if isinstance(c, Tensor) else c for c in (mean, std))
-        parts.append(_affine(torch.sub, mean, torch.div, std, dim))
+        parts.append(_map([(torch.sub, mean), (torch.div, std)], dim))
     return parts
 
 
@@ -645,7 +666,7 @@ class NormalizedActivation(nn.Module):
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
         parts: list[nn.Module] = []
         if self.gain is not None:
-            parts.append(_affine(torch.mul, self.gain, torch.add, self.bias, 1))
+            parts.append(_map([(torch.mul, self.gain), (torch.add, self.bias)], 1))
         like = next(self.parameters(), torch.empty(0))
         parts += _fuse_activation(self.activation, mean, std, 1, like)
         return nn.Sequential(*parts).train(self.training)

@@ -396,7 +396,7 @@ def test_frozen_stays_frozen():
 def test_verify_compares(monkeypatch):
     net, x = trained(nn.Sequential(conv(3), conv(act=None))), randn(2, 3, 9, 9)
     fold(net, verify=x)
-    compute = folding._plain_layer
+    compute = NormPropConv2d.plain
 
     def wrong(layer):
         plain, *rest = compute(layer)
@@ -404,16 +404,14 @@ def test_verify_compares(monkeypatch):
             plain.weight[0, 0, 0, 0] += 1e-6
         return plain, *rest
 
-    monkeypatch.setattr(folding, "_plain_layer", wrong)
+    monkeypatch.setattr(NormPropConv2d, "plain", wrong)
     with pytest.raises(
         FoldError, match=r"differs from the model by \S+ of the largest output \(limit 1e-09\)"
     ):
         fold(net, verify=x)
     fold(net.float(), verify=x.float())  # within float32's limit
     fold(net)
-    monkeypatch.setattr(
-        folding, "_plain_layer", lambda layer: (*compute(layer)[:1], float("nan"), 1.0, nn.SiLU())
-    )
+    monkeypatch.setattr(NormPropConv2d, "plain", lambda layer: (compute(layer)[0], float("nan"), 1.0))
     with pytest.raises(FoldError, match="differs from the model by nan"):
         fold(net, verify=x.float())
 
@@ -426,7 +424,7 @@ def test_verify_knows_the_models_own_rounding(monkeypatch):
     folded = fold(net, verify=x)
     gap = float((folded(x)[0] - net(x)[0]).detach().abs().max())
     assert 1e-4 < gap < 0.1
-    compute = folding._plain_layer
+    compute = NormPropConv2d.plain
 
     def wrong(layer):
         plain, *rest = compute(layer)
@@ -434,7 +432,7 @@ def test_verify_knows_the_models_own_rounding(monkeypatch):
             plain.weight.mul_(1.001)
         return plain, *rest
 
-    monkeypatch.setattr(folding, "_plain_layer", wrong)
+    monkeypatch.setattr(NormPropConv2d, "plain", wrong)
     with pytest.raises(
         FoldError, match=r"differs from the model by \S+ of the largest output \(limit \de-02"
     ):

@@ -100,6 +100,7 @@ def test_the_readmes_example_runs():
     space["optimizer"].step()
     rows = space["model"][1].weight.detach().flatten(1)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(64))
+    normprop.fold(space["model"], verify=torch.randn(2, 3, 32, 32))
 
 
 def test_what_the_package_needs_is_declared():

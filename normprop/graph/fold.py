@@ -348,7 +348,7 @@ class _Folder:
         if rule is None:
             plain, mean, std, activation = copy.deepcopy(layer), 0.0, 1.0, None
         else:
-            plain, mean, std, activation = _plain_layer(layer)
+            (plain, mean, std), activation = layer.plain(), layer.activation
         held = self.values[source]
         one_sided = getattr(plain, "padding", None) == "same" and _padding(plain) is None
         exact = held.b == 0.0 or not one_sided or all(k == 1 for k in plain.kernel_size)
@@ -391,7 +391,7 @@ class _Folder:
             return _Value(y)
         along = getattr(layer, "_channel_dim", None)
         if type(activation) is nn.ReLU and along is not None:
-            # phi is homogeneous: 1/std went into the weight, -mean/std into the bias (see _plain_layer).
+            # phi is homogeneous: 1/std went into the weight, -mean/std into the bias (see ``plain``).
             low = -mean / std
             if isinstance(low, float):
                 return (
@@ -471,33 +471,6 @@ def _write_in_place(graph_module: fx.GraphModule) -> None:
             module = graph_module.get_submodule(node.target)
             if isinstance(module, (nn.ReLU, nn.Threshold)):
                 module.inplace = True
-
-
-def _plain_layer(layer: Any) -> tuple[Any, Any, Any, nn.Module | None]:
-    """The torch layer with the row norms in its weight, and (mean, std, activation) to follow.
-
-    For ReLU the constants are in it: ``(relu(z) - mean)/std = max(z/std - mean/std, -mean/std)``.
-    """
-    exact = copy.deepcopy(layer).double()
-    mean, std = functional.constants(exact.activation, exact.rule, exact.gain, exact.bias, exact.standard)
-    relu = type(exact.activation) is nn.ReLU
-    scale, shift = (std, mean / std) if relu else (1.0, 0.0)
-    weight = functional.scaled_weight(
-        exact.weight, exact.gain / scale, exact.stretch, exact.rule.centered, exact.transposed, exact.groups
-    )
-    bias = None if exact.bias is None else exact.bias / scale
-    if relu and not (isinstance(shift, float) and shift == 0.0):
-        bias = (torch.zeros_like(exact.gain) if bias is None else bias) - shift
-    arguments = modules.parent_arguments(layer)
-    plain = layer._parent(**arguments, bias=bias is not None, device="meta", dtype=layer.weight.dtype)
-    learns = layer.weight.requires_grad
-    plain.weight = nn.Parameter(weight.to(layer.weight), requires_grad=learns)
-    if layer.weight.is_contiguous(memory_format=torch.channels_last) and layer.weight.ndim == 4:
-        plain.weight.data = plain.weight.data.contiguous(memory_format=torch.channels_last)
-    if bias is not None:
-        plain.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=learns)
-    mean, std = (v.to(layer.weight.device) if isinstance(v, Tensor) else v for v in (mean, std))
-    return plain, mean, std, layer.activation
 
 
 def _padding(layer: Any) -> list[int] | None:
