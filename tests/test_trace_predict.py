@@ -620,3 +620,41 @@ def test_every_activation_of_the_table_is_an_element_wise_node():
         assert found[-1].mean == pytest.approx(float(expected.mean), abs=2e-3), name
         assert found[-1].std == pytest.approx(float(expected.std), rel=2e-3), name
         assert found[0].gradient == pytest.approx(math.sqrt(float(expected.slope)), rel=0.02), name
+
+
+def view_written(self, x):
+    h = self.conv(x)
+    v = h.flatten(2)
+    v += 1
+    return h
+
+
+def base_written(self, x):
+    h = self.conv(x)
+    v = h.flatten(2)
+    h += 1
+    return v
+
+
+def harmless(self, x):
+    h = self.conv(x)
+    a, b = h[:, :2], h[:, 2:]
+    a += b
+    v = a.flatten(2)
+    v += 1
+    return torch.cat([v, b.flatten(2)], 1)
+
+
+@pytest.mark.parametrize("code", [view_written, base_written])
+def test_a_write_through_another_name_is_refused(code):
+    model = Code(code, conv=nn.Conv2d(3, 4, 3))
+    for call in (lambda m: predict(m, randn(2, 3, 8, 8)), lambda m: normprop.fold(m)):
+        with pytest.raises(
+            TraceError, match=r"writes into '\w+', of which '\w+', read later, is another view"
+        ):
+            call(model)
+
+
+def test_a_write_that_nobody_else_sees_is_followed():
+    model, x = Code(harmless, conv=nn.Conv2d(3, 4, 3)), randn(2, 3, 8, 8).float()
+    torch.testing.assert_close(normprop.fold(model, verify=x)(x), model(x))

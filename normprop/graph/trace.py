@@ -362,12 +362,42 @@ def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
             for user in list(target.users):
                 if order[user] > order[node]:
                     user.replace_input_with(target, node)
+            for other in _other_names(model, target):
+                if order[other] < order[node] and any(order[user] > order[node] for user in other.users):
+                    raise TraceError(
+                        f"'{node}' writes into '{target}', of which '{other}', read later, is another view; "
+                        "write it out of place"
+                    )
+
+
+def _other_names(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
+    """The tensors that a node is a view of, and the views of it."""
+
+    def is_view(n: fx.Node) -> bool:
+        name = type(model.get_submodule(str(n.target))).__name__ if n.op == "call_module" else key(n)
+        return name in _VIEWS
+
+    base = node
+    while is_view(base) and isinstance(base.args[0], fx.Node):
+        base = base.args[0]
+        yield base
+    views = [user for user in node.users if is_view(user)]
+    for view in views:  # grows
+        yield view
+        views += [user for user in view.users if is_view(user)]
 
 
 def _is_map(node: fx.Node) -> bool:
     """Not a number or a size, which ``+=`` does not overwrite."""
     value = node.meta.get("value")
     return value is None or isinstance(value, Tensor)
+
+
+_VIEWS = {
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "movedim",
+    "swapaxes", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "getitem", "chunk", "split", "unbind",
+    "t", "detach", "contiguous", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout2d", "Dropout3d",
+}  # fmt: skip
 
 
 def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
