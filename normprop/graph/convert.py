@@ -154,7 +154,8 @@ def convert(
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
         weight and bias being the layer's ``gain`` and ``bias``. It computes what ``forward`` does, as one
         graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
-        ``notes`` says.
+        ``notes`` says. Constants that were measured on the weights are in its state dict
+        (``constants``): processes that convert models of different seeds must load one's.
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
