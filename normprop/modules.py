@@ -353,6 +353,9 @@ class NormPropLinear(_NormProp, nn.Linear):
 
     .. math:: o = (\varphi(g\,(W x)/\lVert W_i\rVert_2 + b) - \text{mean})/\text{std}
 
+    Code that reads ``weight`` and never calls the layer gets the raw rows: ``out_proj`` of
+    nn.MultiheadAttention, nn.TransformerEncoderLayer's fast path in eval mode.
+
     Args:
         in_features: Size of the input's last dimension.
         out_features: Size of the output's last dimension.

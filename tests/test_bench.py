@@ -30,7 +30,10 @@ def test_rows_and_files(tmp_path):
             continue
         assert row["status"] == "ok"
         assert row["error"] < 1e-4
-        assert set(row["ms"]) == {"step", *module.PHASES}  # medians of 3 on a busy machine: no order is sure
+        assert set(row["ms"]) == {
+            "step",
+            *module.PHASES,
+        }  # medians of 3 on a busy machine: no order is sure
         assert min(row["ms"].values()) > 0
     assert [r["ratio"] for r in result["rows"] if r["norm"] == "none"] == [1.0, 1.0]
     assert {"versions", "device", "threads", "commit"} <= set(result)
