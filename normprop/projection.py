@@ -19,9 +19,9 @@ def project_(model: nn.Module) -> None:
     """Put the weight rows of all NormProp layers back on the unit sphere, in place, without gradient.
 
     Changes no output: the layers divide by the row's length anyway (a weight that an nn.Embedding shares
-    does change there). It keeps the step that a gradient
-    makes in a row's direction from shrinking as the row grows (docs/method.md, section 7). Zero rows
-    stay zero; centred rows lose their mean; rows whose length is no number any more become NaN.
+    does change there). It keeps the step that a gradient makes in a row's direction from shrinking as
+    the row grows (docs/method.md, section 7). Zero rows stay zero; centred rows lose their mean; rows
+    whose length is no number any more become NaN.
 
     Args:
         model: Any module; layers of other kinds are left alone.

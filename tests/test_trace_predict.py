@@ -655,6 +655,23 @@ def test_a_write_through_another_name_is_refused(code):
             call(model)
 
 
+def test_a_layer_with_a_forward_of_its_own_names_the_way_out():
+    class Causal(normprop.NormPropConv1d):
+        def forward(self, x):
+            return super().forward(F.pad(x, (2, 0)))
+
+    class Named(normprop.NormPropConv1d):
+        pass
+
+    with pytest.raises(
+        TraceError, match="Causal gives a NormProp layer a forward of its own: make it a module"
+    ):
+        predict(nn.Sequential(Causal(3, 4, 3)), randn(2, 3, 8))
+    named, x = nn.Sequential(Named(3, 4, 3)), randn(2, 3, 8).float()
+    assert predict(named, x)["_0"].op == "Named"
+    torch.testing.assert_close(normprop.fold(named, verify=x)(x), named(x))
+
+
 def test_a_write_that_nobody_else_sees_is_followed():
     model, x = Code(harmless, conv=nn.Conv2d(3, 4, 3)), randn(2, 3, 8, 8).float()
     torch.testing.assert_close(normprop.fold(model, verify=x)(x), model(x))

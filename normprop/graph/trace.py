@@ -114,6 +114,11 @@ class _Attribute(_Concrete, fx.proxy.Attribute):
     pass
 
 
+def _home_of_forward(module: nn.Module) -> str:
+    """The Python module that a module's forward is written in."""
+    return getattr(inspect.getattr_static(type(module), "forward", None), "__module__", "")
+
+
 class _Tracer(fx.Tracer):
     """Follows the code with the example's shapes at hand; control flow on them is decided by it."""
 
@@ -143,6 +148,7 @@ class _Tracer(fx.Tracer):
         return (
             super().is_leaf_module(m, path)
             or type(m).__module__ in self.leaves
+            or _home_of_forward(m) in self.leaves  # a subclass without a forward of its own
             or type(m).__name__.startswith(
                 "NormalizedAdaptiveMaxPool"
             )  # its constants need sizes as numbers
@@ -154,6 +160,11 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # While it traces, fx sends every module's call here, the shadow's too.
+        if hasattr(m, "rule") and not _home_of_forward(m).startswith("normprop."):
+            raise TraceError(
+                f"{type(m).__name__} gives a NormProp layer a forward of its own: make it a module that holds the "
+                "layer and calls it"
+            )
         return (
             forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
         )
