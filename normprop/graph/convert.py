@@ -377,7 +377,8 @@ class Converter:
         twin = copy.deepcopy(part).eval()
         source = dict(zip(twin.modules(), part.modules(), strict=True))
         for module in twin.modules():
-            module.register_forward_pre_hook(note, with_kwargs=True)
+            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                module.register_forward_pre_hook(note, with_kwargs=True)
         try:
             with torch.no_grad():
                 twin(*inputs)
