@@ -81,13 +81,14 @@ def attach_projection(
             f"{type(optimizer).__name__} takes no step hooks: attach the projection to the optimizer that it "
             "wraps (with Opacus, before make_private)"
         )
-    for name, module in model.named_modules():
-        if isinstance(module, _NormProp) and "weight" not in module._parameters:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _NormProp)}
+    for name, layer in layers.items():
+        if "weight" not in layer._parameters:
             raise ValueError(
                 f"the weight of '{name or 'model'}' is parametrized or pruned, so that it cannot be put back on "
                 "the sphere; remove that first (remove_parametrizations, prune.remove)"
             )
-    if not any(isinstance(module, _NormProp) for module in model.modules()):
+    if not layers:
         raise ValueError(
             f"{type(model).__name__} has no NormProp layer to project; build it with "
             "normprop.NormPropLinear, NormPropConv2d, ..."

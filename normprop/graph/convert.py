@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.rewrite import Rewriter
-from normprop.graph.trace import TraceError, has, place
+from normprop.graph.trace import TraceError, below, has, place
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
@@ -178,8 +178,6 @@ def convert(
         raise ValueError(
             f"model is wrapped in {type(model).__name__}: convert model.module, then wrap the result"
         )
-    if example is not None:
-        tracing.as_inputs(example)
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
@@ -394,7 +392,7 @@ class Converter:
             return part
         for name, child in list(part.named_children()):
             if any(isinstance(m, _BatchNorm) for m in child.modules()):
-                path = f"{prefix}.{name}" if prefix else name
+                path = below(prefix, name)
                 if tracing.is_batch_norm(child):
                     self.skip(path, child, f"the code around it cannot be followed ({reason})")
                 elif calls is None:
@@ -409,15 +407,13 @@ class Converter:
         self.report.notes.append(f"'{prefix or 'model'}' was converted child by child: {reason}")
         return part
 
-    def skip(self, path: str, module: nn.Module, reason: str) -> None:
-        site = Site(path, type(module).__name__, reason)
+    def skip(self, path: str, source: nn.Module | str, reason: str) -> None:
+        site = Site(path, source if isinstance(source, str) else type(source).__name__, reason)
         if site not in self.report.skipped:
             self.report.skipped.append(site)
 
     def skip_functional(self, path: str) -> None:
-        site = Site(path, "F.batch_norm", "written as a function; use an nn.BatchNorm module")
-        if site not in self.report.skipped:
-            self.report.skipped.append(site)
+        self.skip(path, "F.batch_norm", "written as a function; use an nn.BatchNorm module")
 
     def replaced(self, path: str, source: str, target: str) -> None:
         if all(site.path != path for site in self.report.replaced):  # both modes' graphs report it
@@ -426,14 +422,14 @@ class Converter:
     def finish(self, result: nn.Module, part: nn.Module, prefix: str) -> None:
         """Modules that no graph calls, plain attributes and training flags, as they were."""
         for name, module in part.named_modules():
-            path = f"{prefix}.{name}" if prefix and name else prefix or name
+            path = below(prefix, name)
             own = any(True for _ in module.parameters(recurse=False))
             if name and own and path not in self.absorbed and not has(result, name):
                 place(result, name, module)
                 if tracing.is_batch_norm(module):
                     self.skip(path, module, "the model never calls it; delete it")
         for name, module in part.named_modules():  # what containers hold themselves
-            path = f"{prefix}.{name}" if prefix and name else prefix or name
+            path = below(prefix, name)
             holder = result.get_submodule(name) if has(result, name) or not name else None
             if holder is None or path in self.new or not (holder is result or type(holder) is nn.Module):
                 continue
@@ -446,7 +442,7 @@ class Converter:
             if not (name.startswith("_") or name in vars(result) or hasattr(fx.GraphModule, name)):
                 setattr(result, name, value)
         for name, module in result.named_modules():
-            path = f"{prefix}.{name}" if prefix and name else prefix or name
+            path = below(prefix, name)
             module.training = (
                 self.source.get_submodule(path) if has(self.source, path) else self.source
             ).training

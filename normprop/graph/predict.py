@@ -88,7 +88,7 @@ class Walk:
         sources = tensor_inputs(node)
         module = tracing.module_of(self.graph_module, node)
         if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
-            self.signals[node], self.factors[node] = self._without_rule(node, module), []
+            self.signals[node], self.factors[node] = self._without_rule(node), []
             return
         if not inputs or (isinstance(value, Tensor) and not value.is_floating_point()) or _is_number(value):
             self.signals[node] = None
@@ -162,7 +162,7 @@ class Walk:
                     *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
                 )
             except ValueError:  # its constants depend on a size that is not known
-                return self._without_rule(node, module), [1.0] * len(inputs)
+                return self._without_rule(node), [1.0] * len(inputs)
             return signal, list(factors)
         if operation_name(self.graph_module, node) in LAYOUT:
             return first, [_same] + [0.0] * (len(inputs) - 1)
@@ -207,11 +207,10 @@ class Walk:
                 return self._elementwise(node, module, inputs[0])
             except Exception:
                 pass
-        return self._without_rule(node, module), [1.0] * len(inputs)
+        return self._without_rule(node), [1.0] * len(inputs)
 
-    def _without_rule(self, node: fx.Node, module: nn.Module | None) -> Signal:
-        name = type(module).__name__ if module is not None else key(node)
-        self.notes[node] = f"no rule for {name}: taken as N(0, 1)"
+    def _without_rule(self, node: fx.Node) -> Signal:
+        self.notes[node] = f"no rule for {operation_name(self.graph_module, node)}: taken as N(0, 1)"
         return Signal.gaussian()
 
     def _elementwise(self, node: fx.Node, module: nn.Module | None, source: fx.Node) -> Result:

@@ -17,7 +17,7 @@ from normprop.data_norm import DATA_NORMS, GlobalDataNorm
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.predict import Walk
-from normprop.graph.trace import has, key, place, shape, tensor_inputs
+from normprop.graph.trace import below, has, key, place, shape, tensor_inputs
 
 if TYPE_CHECKING:
     from normprop.graph.convert import Converter
@@ -172,7 +172,7 @@ class Rewriter:
         return result
 
     def path(self, local: str) -> str:
-        return f"{self.prefix}.{local}" if self.prefix else local
+        return below(self.prefix, local)
 
     def local(self, node: fx.Node) -> str:
         """Path of the module that a node calls or whose weight it uses."""
@@ -706,9 +706,8 @@ class Rewriter:
 
     def rewrite_pool(self, node: fx.Node) -> fx.Node:
         """A pool, an average over all positions or an upsampling as its normalised twin; else the node."""
-        module = self.owner.pools.get(
-            self.path(str(node.target)), self.module(node)
-        )  # the first call's is ours
+        # Once it was called, a pool's place is taken by its twin.
+        module = self.owner.pools.get(self.path(str(node.target)), self.module(node))
         source = next(iter(tensor_inputs(node)), None)
         if source is None or self.flow.moments(source) is None:
             return node

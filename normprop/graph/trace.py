@@ -451,6 +451,11 @@ _INPLACE_POSITIONS = {
 }
 
 
+def below(prefix: str, name: str) -> str:
+    """The path of what is called ``name`` in the module at ``prefix``; either may be empty."""
+    return f"{prefix}.{name}" if prefix and name else prefix or name
+
+
 def has(root: nn.Module, path: str) -> bool:
     """Whether there is a module at a path."""
     try:
