@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import normprop
-from normprop.recipes.bench import in_turn, paired
+from normprop.recipes.bench import in_turn, paired, without_norm
 from normprop.recipes.models import COLORS, build
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.train import RULES
@@ -59,20 +59,6 @@ QUICK = [
     Case("resnet18", 8, width=0.25),
     Case("torchvision:resnet18", 1, image=96),
 ]
-
-
-def without_norm(model: nn.Module) -> nn.Module:
-    """A copy of a torchvision ResNet with each BatchNorm gone, and a bias in the convolution before it."""
-    bare = copy.deepcopy(model)
-    last: nn.Conv2d | None = None
-    for name, module in list(bare.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            last = module
-        elif isinstance(module, nn.BatchNorm2d):
-            assert last is not None
-            last.bias = nn.Parameter(torch.zeros(last.out_channels))
-            bare.set_submodule(name, nn.Identity())
-    return bare
 
 
 def networks(case: Case) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -363,7 +363,10 @@ if typer is not None:
 
     @app.command()
     def bench(
-        model: Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20, resnet18 or resnet110.")] = "nin",
+        model: Annotated[
+            str,
+            typer.Option(help="mlp, cnn, nin, resnet20, resnet18, resnet110, or torchvision:resnet50."),
+        ] = "nin",
         width: Width = 1.0,
         norms: Annotated[
             str, typer.Option(help="Separated by commas; none is always there.")

@@ -337,6 +337,16 @@ def definition(linear: Callable[[Tensor, Tensor | None], Tensor], layer: Paramet
     return (activation(z) - mean) / std
 
 
+def autocast_dtype(weight: Tensor) -> torch.dtype | None:
+    """What autocast would cast a weight to at its use; None for nothing. It is then made so at once."""
+    device = weight.device.type
+    if weight.dtype != torch.float32 or device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return None
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
     r"""The linear maps of any number of layers, in a number of operations that hardly grows with it.
 
@@ -358,20 +368,21 @@ def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
         slope = None if layer.activation is None else activations.negative_slope(layer.activation)
         gain, bias = layer.gain, layer.bias
         low: Number = 0.0
-        recipe = Recipe(layer.stretch, layer.rule.centered)
+        dtype = autocast_dtype(layer.weight)
+        recipe = Recipe(layer.stretch, layer.rule.centered, dtype=dtype)
         joins = False
         if slope is not None and isinstance(mean, float) and isinstance(std, float):
             low = -mean / std
             if bias is not None:
                 biases[len(ready)], joins = bias, True
-            recipe = Recipe(layer.stretch / std, layer.rule.centered, low, 1 / std)
+            recipe = Recipe(layer.stretch / std, layer.rule.centered, low, 1 / std, dtype)
             if bias is None and low != 0.0:
                 bias = gain.new_full(gain.shape, low)
         elif slope is not None:
             shift = low = torch.as_tensor(-mean / std)
             gain = gain / std
             bias = (shift if bias is None else bias / std + shift).to(layer.weight.dtype)
-        key: tuple[Any, ...] = (recipe, joins)
+        key: tuple[Any, ...] = (recipe, joins, layer.geometry[0])
         if len(layers) > 1:
             tensors = [t for t in (layer.weight, gain, biases.get(len(ready))) if t is not None]
             key = (*key, *((t.device, t.dtype, t.requires_grad) for t in tensors))

@@ -177,7 +177,9 @@ class _Share(NamedTuple):
     model: nn.Module
     grad: bool
     hooks: Any
-    layers: dict[int, tuple[functional.Parameters, tuple[int, ...], functional.Ready]]
+    layers: dict[
+        int, tuple[functional.Parameters, tuple[int, ...], torch.dtype | None, functional.Ready]
+    ]
 
 
 class _Shares(threading.local):
@@ -207,10 +209,11 @@ def _shared(module: _NormProp, layer: functional.Parameters) -> functional.Ready
     found = share.layers.get(id(module))
     if found is None:
         return None
-    made, versions, ready = found
+    made, versions, dtype, ready = found
     same = all(a is b for a, b in zip(made[:4], layer[:4], strict=True)) and made[4:] == layer[4:]
     # What a checkpoint recomputes has no share: its layers must save the same tensors both times.
     apart = (torch.is_grad_enabled() and not share.grad) or _saving_hooks() != share.hooks
+    apart = apart or dtype != functional.autocast_dtype(layer.weight)
     return ready if same and not apart and versions == _versions(layer) else None
 
 
@@ -232,7 +235,7 @@ def _open_share(model: nn.Module, _: Any) -> None:
             torch.is_grad_enabled(),
             _saving_hooks(),
             {
-                id(module): (layer, _versions(layer), ready)
+                id(module): (layer, _versions(layer), functional.autocast_dtype(layer.weight), ready)
                 for module, layer, ready in zip(modules, layers, functional.make_ready(layers), strict=True)
             },
         )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from normprop import kernels
 from normprop.merges import NormalizedAdd, NormalizedGate
 from normprop.modules import NormalizedActivation, _Handle, _NormProp
 from normprop.rows import Geometry, _norms, _rows, project_rows_, row_view
@@ -107,7 +108,9 @@ class _TrustRegion:
 
     def __init__(self, model: nn.Module, radius: float) -> None:
         self.model, self.radius = model, radius
+        self.units: list[tuple[Any, dict[str, Tensor]]] = []
         self.before: list[dict[str, Tensor]] = []
+        self.joined: list[tuple[Any, ...]] = []  # the same, where kernels do it: of layers of one kind
 
     def _units(self) -> list[tuple[Any, dict[str, Tensor]]]:
         """Layers with what of theirs a step moves; a shared parameter belongs to the first."""
@@ -121,15 +124,46 @@ class _TrustRegion:
                 units.append((layer, moving))
         return units
 
+    def _join(self) -> list[tuple[Any, ...]]:
+        """Of layers of one kind their parameters, numbers of units, all values joined, and whether centred.
+
+        Nothing if there is a layer that kernels cannot work on.
+        """
+        kinds: dict[Any, list[tuple[Tensor | None, ...]]] = {}
+        for layer, own in self.units:
+            there = [layer.gain.detach(), *(p.detach() for p in own.values())]
+            if not kernels.usable(there) or ("weight" in own and layer.transposed):
+                return []
+            if own:
+                kind = layer.rule.centered, layer.gain.device, layer.gain.dtype
+                parts = tuple(own.get(name) for name in ("weight", "gain", "bias"))
+                kinds.setdefault(kind, []).append((*parts, layer.gain))
+        result = []
+        for (centered, *_), layers in kinds.items():
+            weights, gains, biases, every = zip(*layers, strict=True)
+            before = [kernels.copied(every[0], part) for part in (weights, gains, biases)]
+            units = list(zip(weights, gains, biases, strict=True))
+            result.append((units, before, [len(gain) for gain in every], centered))
+        return result
+
     @torch.no_grad()
     def remember(self, *_: Any) -> None:
         """Before a step."""
-        self.before = [{name: p.detach().clone() for name, p in own.items()} for _, own in self._units()]
+        self.units = self._units()
+        self.joined = self._join()
+        if not self.joined:
+            self.before = [{name: p.detach().clone() for name, p in own.items()} for _, own in self.units]
 
     @torch.no_grad()
     def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """After a step: updates scaled down to the radius, rows put back to unit length."""
-        units, before, self.before = self._units(), self.before, []
+        if self.joined:
+            radius = self.radius * _annealed(optimizer)
+            for units, before, counts, centered in self.joined:
+                kernels.restrain_(units, before, counts, centered, radius)
+            self.joined = []
+            return
+        units, before, self.units, self.before = self.units, self.before, [], []
         moves = [
             {name: p.detach() - old[name] for name, p in own.items()}
             for (_, own), old in zip(units, before, strict=True)

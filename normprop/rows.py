@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from normprop import kernels
+
 Geometry = tuple[bool, int]  # whether stored transposed, groups
 
 
@@ -144,12 +146,14 @@ class Recipe(NamedTuple):
         centered: Remove each row's mean first.
         low: What is added to the biases.
         tilt: What they are multiplied by before.
+        dtype: Of scaled weights and biases; None for the weights' own.
     """
 
     factor: float = 1.0
     centered: bool = False
     low: float = 0.0
     tilt: float = 1.0
+    dtype: torch.dtype | None = None
 
 
 class _Scale(torch.autograd.Function):
@@ -164,6 +168,9 @@ class _Scale(torch.autograd.Function):
     def forward(recipe: Recipe, geometries: tuple[Geometry, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
         n = len(geometries)
         weights, gains, biases = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        if _in_kernels(weights, geometries):
+            scaled, moved, *rest = kernels.scale(*recipe, weights, gains, biases)
+            return (*scaled, *moved, *rest)
         rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
         means: list[Tensor] = []
         if recipe.centered:
@@ -174,12 +181,13 @@ class _Scale(torch.autograd.Function):
         scale = torch.addcdiv(lengths - lengths, gain, lengths, value=recipe.factor)
         scaled = [r.values * s for r, s in zip(rows, _split(scale, rows, gains), strict=True)]
         scaled = [
-            _as(v.flatten(0, 1) if g[0] else v, w.dtype)
+            _as(v.flatten(0, 1) if g[0] else v, recipe.dtype or w.dtype)
             for v, g, w in zip(scaled, geometries, weights, strict=True)
         ]
-        moved: Sequence[Tensor] = ()
+        moved = []
         if biases:
             bias = torch.rsub(_join(biases), recipe.low, alpha=-recipe.tilt)  # low + tilt * bias
+            bias = _as(bias, recipe.dtype or bias.dtype)
             moved = [bias] if n == 1 else bias.split([len(b) for b in biases])
         return (*scaled, *moved, lengths, *means)
 
@@ -187,6 +195,7 @@ class _Scale(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.recipe, ctx.geometries, *tensors = inputs
         n = len(ctx.geometries)
+        ctx.bias_dtype = tensors[-1].dtype
         ctx.set_materialize_grads(False)
         rest = output[len(tensors) - n :]
         ctx.save_for_backward(*tensors[: 2 * n], *rest)
@@ -202,12 +211,23 @@ class _Scale(torch.autograd.Function):
         """
         recipe, n, saved = ctx.recipe, len(ctx.geometries), ctx.saved_tensors
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        biases = len(result) - 2 - 2 * n
+        joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
+        if joined and not torch.is_grad_enabled() and all(g is not None for g in grads[: n + biases]):
+            parts = saved[:n], saved[n : 2 * n], *saved[2 * n :], grads[:n], grads[n : n + biases]
+            dws, dgs, dbs = kernels.pull_back(*recipe, *parts, ctx.bias_dtype)
+            return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
         if here:
             rows = [_rows(saved[i], ctx.geometries[i]) for i in here]
             gains = [saved[n + i] for i in here]
             lengths = saved[2 * n]
-            means = [saved[2 * n + 1 + i] for i in here] if recipe.centered else []
+            means = []
+            if recipe.centered and joined:
+                each = saved[-1].split([len(gain) for gain in saved[n : 2 * n]])
+                means = [each[i].view(r.shape) for i, r in zip(here, rows, strict=True)]
+            elif recipe.centered:
+                means = [saved[2 * n + 1 + i] for i in here]
             if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
                 directions, means = _center(rows) if recipe.centered else (rows, [])
                 lengths = _lengths(directions, means)
@@ -222,10 +242,14 @@ class _Scale(torch.autograd.Function):
         moved = [i for i in range(2 + 2 * n, len(result)) if grads[i - 2 - n] is not None]
         if moved:
             parts = [grads[i - 2 - n] for i in moved]
-            tilted = _join(parts) * recipe.tilt
+            tilted = _as(_join(parts), ctx.bias_dtype) * recipe.tilt
             for i, db in zip(moved, tilted.split([len(p) for p in parts]), strict=True):
                 result[i] = db
         return tuple(result)
+
+
+def _in_kernels(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
+    return not any(transposed for transposed, _ in geometries) and kernels.usable(weights)
 
 
 def _pull_back(
@@ -337,6 +361,9 @@ def project_rows_(
         geometries: Of each weight whether it is stored transposed, and its groups.
         centered: Remove each row's mean first.
     """
+    if _in_kernels(weights, geometries):
+        kernels.project_(weights, centered)
+        return
     rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
     means: list[Tensor] = []
     if centered:

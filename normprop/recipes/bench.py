@@ -32,6 +32,7 @@ from normprop.recipes import InputError
 from normprop.recipes.models import COLORS, Blocks, build, check_norms
 from normprop.recipes.results import environment, new_figure, output_folder, write_json
 from normprop.recipes.train import RULES, Run
+from normprop.recipes.zoo import load_model
 
 Row = dict[str, Any]
 PHASES = ("forward", "backward", "optimizer")
@@ -46,8 +47,8 @@ class Case:
     """One benchmark: a model, a batch and how it is run.
 
     Attributes:
-        model: One of ``MODELS``.
-        width: Factor on the hidden channels.
+        model: One of ``MODELS``, or another library's ResNet, such as ``"torchvision:resnet50"``.
+        width: Factor on the hidden channels of one of ``MODELS``.
         batch_size: Samples a step.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
         compiled: Through ``torch.compile``.
@@ -79,6 +80,40 @@ class Case:
             raise InputError(f"--batch-sizes {self.batch_size}: expected at least 1")
 
 
+def network(case: Case, norm: str) -> nn.Module:
+    """The case's model with a norm: a recipe, or another library's model as it is, bare, or converted.
+
+    Raises:
+        InputError: For an unknown model, or a norm that another library's model cannot be given.
+    """
+    if ":" not in case.model:
+        shape = (3, case.image, case.image)
+        return build(case.model, shape, case.classes, norm, RULES[case.rule], case.width)
+    source = load_model(case.model)
+    if norm == "batch":
+        return source
+    if norm == "none":
+        return without_norm(source)
+    if norm != "normprop":
+        raise InputError(f"--norms {norm}: {case.model} can be timed with none, normprop and batch")
+    example = torch.empty(1, 3, case.image, case.image, device="meta")
+    return normprop.convert(source, RULES[case.rule], example=example).model
+
+
+def without_norm(model: nn.Module) -> nn.Module:
+    """A copy of a torchvision ResNet with each BatchNorm gone, and a bias in the convolution before it."""
+    bare = copy.deepcopy(model)
+    last: nn.Conv2d | None = None
+    for name, module in list(bare.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            last = module
+        elif isinstance(module, nn.BatchNorm2d):
+            assert last is not None
+            last.bias = nn.Parameter(torch.zeros(last.out_channels))
+            bare.set_submodule(name, nn.Identity())
+    return bare
+
+
 class Contender:
     """One network with its optimizer, ready to step; ``make`` builds another than the case's model."""
 
@@ -86,12 +121,8 @@ class Contender:
         self, norm: str, case: Case, device: torch.device, make: Callable[[Blocks], nn.Module] | None = None
     ) -> None:
         torch.manual_seed(0)
-        shape = (3, case.image, case.image)
         self.norm, self.case, self.device = norm, case, device
-        if make is None:
-            net = build(case.model, shape, case.classes, norm, RULES[case.rule], case.width)
-        else:
-            net = make(Blocks(norm, RULES[case.rule]))
+        net = network(case, norm) if make is None else make(Blocks(norm, RULES[case.rule]))
         net = net.to(device)
         self.exact = copy.deepcopy(net).double()
         self.layout = torch.channels_last if case.layout == "channels_last" else torch.contiguous_format

@@ -1,0 +1,360 @@
+r"""Rows of any number of weights in one kernel a pass, on CUDA; :mod:`normprop.rows` is the truth.
+
+A step of a network spends its time in convolutions; what NormProp adds are hundreds of operations on
+small tensors, each of which costs more to launch than to run. Here a program is one row of one weight,
+whichever layer it belongs to: a table holds the addresses of all rows, so that weights stay where
+they are and are read and written in place. Sums are in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from triton import language as tl
+except ImportError:  # torch brings it where it brings CUDA
+    triton = None
+
+BLOCK = 1024
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def usable(weights: Sequence[Tensor]) -> bool:
+    """Whether these weights' rows can be worked on here: dense rows, plain tensors on one CUDA device.
+
+    Args:
+        weights: Each with its output units along dim 0.
+    """
+    if triton is None or not weights or not weights[0].is_cuda:
+        return False
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    dtype, device = weights[0].dtype, weights[0].device
+    return dtype in DTYPES and all(
+        type(w) in (Tensor, torch.nn.Parameter) and w.dtype == dtype and w.device == device and _dense(w)
+        for w in weights
+    )
+
+
+def _dense(weight: Tensor) -> bool:
+    """Whether each row is one stretch of memory, the rows one after another."""
+    if weight.is_contiguous():
+        return True
+    return weight.stride(0) * len(weight) == weight.numel() and (
+        (weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last))
+        or (weight.ndim == 5 and weight.is_contiguous(memory_format=torch.channels_last_3d))
+    )
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's numbers as they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor with the strides of ``like``, which is dense."""
+    if tensor.stride() == like.stride() and tensor.dtype in DTYPES:
+        return tensor
+    return torch.empty_like(like).copy_(tensor)
+
+
+def join(tensors: Sequence[Tensor]) -> Tensor:
+    """Dense tensors' numbers, one after another."""
+    return flat(tensors[0]) if len(tensors) == 1 else torch.cat([flat(t) for t in tensors])
+
+
+def copied(like: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
+    """The numbers of those that are there, joined, on the device of ``like``."""
+    there = [flat(t.detach()) for t in tensors if t is not None]
+    return torch.cat(there) if there else like.new_empty(0)
+
+
+def _part(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of a joined tensor, shaped and laid out as those it stands for."""
+    views, start = [], joined.storage_offset()
+    for tensor in like:
+        views.append(joined.as_strided(tensor.shape, tensor.stride(), start))
+        start += tensor.numel()
+    return views
+
+
+@lru_cache(maxsize=256)
+def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) -> Tensor:
+    """Of each row its address, its start in the joined weights and its size: shape (3, rows), int64."""
+    parts, start = [], 0
+    for address, rows, size, itemsize in blocks:
+        row = torch.arange(rows)
+        parts.append(
+            torch.stack([address + row * size * itemsize, start + row * size, torch.full_like(row, size)])
+        )
+        start += rows * size
+    return torch.cat(parts, 1).to(device)
+
+
+def table(device: torch.device, tensors: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor:
+    """Where each of ``counts[i]`` rows of tensor i lies; address 0 and size 0 where there is no tensor."""
+    blocks = tuple(
+        (0, count, 0, 0)
+        if t is None
+        else (t.data_ptr(), count, t.numel() // max(1, count), t.element_size())
+        for t, count in zip(tensors, counts, strict=True)
+    )
+    return _table(device, blocks)
+
+
+def scale(
+    factor: float,
+    centered: bool,
+    low: float,
+    tilt: float,
+    dtype: torch.dtype | None,
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Forward of ``rows.scale_rows``: scaled weights, moved biases, lengths and means of all rows.
+
+    The first five arguments are ``rows.Recipe``'s.
+    """
+    dtype = dtype or weights[0].dtype
+    counts = [len(w) for w in weights]
+    total, like = sum(counts), weights[0]
+    scaled = like.new_empty(sum(w.numel() for w in weights), dtype=dtype)
+    moved = like.new_empty(total if biases else 0, dtype=dtype)
+    lengths, means = like.new_empty((2, total), dtype=torch.float32)
+    if total:
+        _scale[(total,)](
+            table(like.device, weights, counts), join(gains), join(biases) if biases else lengths, scaled, moved, lengths,
+            means, factor, low, tilt, total, bool(biases), centered, _TYPES[like.dtype], BLOCK,
+        )  # fmt: skip
+    return _part(scaled, weights), list(moved.split(counts)) if biases else [], lengths, means
+
+
+def pull_back(
+    factor: float,
+    centered: bool,
+    low: float,
+    tilt: float,
+    dtype: torch.dtype | None,
+    weights: Sequence[Tensor],
+    gains: Sequence[Tensor],
+    lengths: Tensor,
+    means: Tensor,
+    grads: Sequence[Tensor],
+    bias_grads: Sequence[Tensor],
+    bias_dtype: torch.dtype,
+) -> tuple[list[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Backward of :func:`scale`: gradients of weights, gains and biases."""
+    counts = [len(w) for w in weights]
+    total, like = sum(counts), weights[0]
+    result = like.new_empty(sum(w.numel() for w in weights))
+    dgain = gains[0].new_empty(total)
+    dbias = like.new_empty(total if bias_grads else 0, dtype=bias_dtype)
+    if total:
+        _pull_back[(total,)](
+            table(like.device, weights, counts), join([_laid_out(g, w) for g, w in zip(grads, weights, strict=True)]),
+            join([g.contiguous() for g in bias_grads]) if bias_grads else lengths, join(gains), lengths, means,
+            result, dgain, dbias, factor, tilt, total, bool(bias_grads), centered, _TYPES[like.dtype], BLOCK,
+        )  # fmt: skip
+    return _part(result, weights), dgain.split(counts), dbias.split(counts) if bias_grads else []
+
+
+def project_(weights: Sequence[Tensor], centered: bool) -> None:
+    """``rows.project_rows_``."""
+    total = sum(len(w) for w in weights)
+    if total:
+        rows = table(weights[0].device, weights, [len(w) for w in weights])
+        _project[(total,)](rows, total, centered, _TYPES[weights[0].dtype], BLOCK)
+    torch.autograd.graph.increment_version(weights)
+
+
+def restrain_(
+    units: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
+    before: Sequence[Tensor],
+    counts: Sequence[int],
+    centered: bool,
+    radius: float,
+) -> None:
+    """Updates scaled down to the trust region, and rows projected, see ``projection._TrustRegion``.
+
+    Args:
+        units: Of each layer weight, gain and bias; None where it has none of its own.
+        before: What they were: all weights, all gains, all biases, each joined.
+        counts: Of each layer its units.
+        centered: Of the projection.
+        radius: Of the region.
+    """
+    there = [t for unit in units for t in unit if t is not None]
+    total = sum(counts)
+    if total:
+        tables = [table(there[0].device, part, counts) for part in zip(*units, strict=True)]
+        _restrain[(total,)](*tables, *before, radius, total, centered, _TYPES[there[0].dtype], BLOCK)
+    torch.autograd.graph.increment_version(there)
+
+
+if triton is not None:
+    _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+    @triton.jit
+    def _negligible(mean, size):
+        """The length that rounding may leave of a constant row, as ``rows._negligible`` has it."""
+        return tl.abs(mean) * (16 * 1.1920929e-07) * tl.sqrt(size.to(tl.float32))
+
+    @triton.jit
+    def _mean(source, size, BLOCK: tl.constexpr):
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            total += tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+        return tl.sum(total) / size
+
+    @triton.jit
+    def _length(source, size, mean, BLOCK: tl.constexpr):
+        """Of the row without ``mean``."""
+        total = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            x = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            x = tl.where(columns < size, x - mean, 0.0)
+            total += x * x
+        return tl.sqrt(tl.sum(total))
+
+    @triton.jit
+    def _project_row(source, size, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
+        mean = 0.0
+        if CENTERED:
+            mean = _mean(source, size, BLOCK)
+        length = _length(source, size, mean, BLOCK)
+        inverse = tl.where(length > 0.0, length / (length * length), 1.0)
+        if CENTERED:
+            inverse = tl.where(length > _negligible(mean, size), length / (length * length), 0.0)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            x = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            tl.store(source + columns, (x - mean) * inverse, mask=columns < size)
+
+    @triton.jit
+    def _scale(
+        rows, gains, biases, scaled, moved, lengths, means, factor, low, tilt, total,
+        BIASED: tl.constexpr, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        source = tl.load(rows + row).to(tl.pointer_type(TYPE))
+        target = scaled + tl.load(rows + total + row)
+        size = tl.load(rows + 2 * total + row)
+        mean = 0.0
+        if CENTERED:
+            mean = _mean(source, size, BLOCK)
+            tl.store(means + row, mean)
+        length = _length(source, size, mean, BLOCK)
+        if CENTERED:
+            length = tl.where(length > _negligible(mean, size), length, 1.0)
+        else:
+            length = tl.where(length <= 0.0, 1.0, length)
+        tl.store(lengths + row, length)
+        by = factor * tl.load(gains + row).to(tl.float32) / length + (length - length)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            x = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            tl.store(target + columns, (x - mean) * by, mask=columns < size)
+        if BIASED:
+            tl.store(moved + row, low + tilt * tl.load(biases + row).to(tl.float32))
+
+    @triton.jit
+    def _pull_back(
+        rows, grads, bias_grads, gains, lengths, means, result, dgain, dbias, factor, tilt, total,
+        BIASED: tl.constexpr, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        source = tl.load(rows + row).to(tl.pointer_type(TYPE))
+        start = tl.load(rows + total + row)
+        size = tl.load(rows + 2 * total + row)
+        dots = tl.zeros((BLOCK,), tl.float32)
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            w = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            g = tl.load(grads + start + columns, mask=columns < size, other=0.0).to(tl.float32)
+            dots += g * w
+            sums += g
+        dot = tl.sum(dots)
+        mean = 0.0
+        level = 0.0
+        if CENTERED:
+            mean = tl.load(means + row)
+            level = tl.sum(sums) / size
+            dot -= level * mean * size
+        length = tl.load(lengths + row)
+        by = factor * tl.load(gains + row).to(tl.float32) / length + (length - length)
+        radial = dot / length
+        pull = radial * by / length
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            w = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            g = tl.load(grads + start + columns, mask=columns < size, other=0.0).to(tl.float32)
+            tl.store(result + start + columns, (g - level) * by - (w - mean) * pull, mask=columns < size)
+        tl.store(dgain + row, radial * factor)
+        if BIASED:
+            tl.store(dbias + row, tilt * tl.load(bias_grads + row).to(tl.float32))
+
+    @triton.jit
+    def _project(rows, total, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0)
+        source = tl.load(rows + row).to(tl.pointer_type(TYPE))
+        _project_row(source, tl.load(rows + 2 * total + row), CENTERED, BLOCK)
+
+    @triton.jit
+    def _one(entries, total, row, before, TYPE: tl.constexpr):
+        """Where a unit's gain or bias lies, whether it has one, what it was and what it is."""
+        at = tl.load(entries + row).to(tl.pointer_type(TYPE))
+        own = tl.load(entries + 2 * total + row) > 0
+        old = tl.load(before + tl.load(entries + total + row), mask=own, other=0.0).to(tl.float32)
+        return at, own, old, tl.load(at, mask=own, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _between(old, new, share):
+        """``torch.lerp``."""
+        return tl.where(share < 0.5, old + share * (new - old), new - (new - old) * (1 - share))
+
+    @triton.jit
+    def _restrain(
+        rows, gains, biases, before, gains_before, biases_before, radius, total,
+        CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0)
+        source = tl.load(rows + row).to(tl.pointer_type(TYPE))
+        start = tl.load(rows + total + row)
+        size = tl.load(rows + 2 * total + row)
+        gain_at, gained, gain_old, gain = _one(gains, total, row, gains_before, TYPE)
+        bias_at, biased, bias_old, bias = _one(biases, total, row, biases_before, TYPE)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        moves = tl.zeros((BLOCK,), tl.float32)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            old = tl.load(before + start + columns, mask=columns < size, other=0.0).to(tl.float32)
+            new = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            squares += old * old
+            moves += (new - old) * (new - old)
+        length = tl.sqrt(tl.sum(squares))
+        turn = tl.sqrt(tl.sum(moves)) / tl.where(length <= 0.0, 1.0, length)
+        change, shift = gain - gain_old, bias - bias_old
+        turn *= tl.abs(gain_old) + tl.minimum(tl.abs(change), radius, propagate_nan=tl.PropagateNan.ALL)
+        moved = tl.sqrt(turn * turn + change * change + shift * shift)
+        least = tl.maximum(radius, 1e-30)
+        share = radius / tl.maximum(moved, least, propagate_nan=tl.PropagateNan.ALL)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            old = tl.load(before + start + columns, mask=columns < size, other=0.0).to(tl.float32)
+            new = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            tl.store(source + columns, _between(old, new, share), mask=columns < size)
+        tl.store(gain_at, _between(gain_old, gain, share), mask=gained)
+        tl.store(bias_at, _between(bias_old, bias, share), mask=biased)
+        tl.debug_barrier()
+        _project_row(source, size, CENTERED, BLOCK)
