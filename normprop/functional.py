@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from normprop import activations
 from normprop.rows import (
     Geometry,
+    Numbers,
     Recipe,
     _Positional,
     call,
@@ -362,43 +363,45 @@ def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
     ready: list[Ready] = []
     together: dict[Any, list[int]] = {}
     gains: list[Tensor] = []
+    numbers: list[Numbers] = []
     biases: dict[int, Tensor] = {}  # those that are moved with the others'
-    for layer in layers:
+    for index, layer in enumerate(layers):
         mean, std = constants(layer.activation, layer.rule, layer.gain, layer.bias, layer.standard)
         slope = None if layer.activation is None else activations.negative_slope(layer.activation)
         gain, bias = layer.gain, layer.bias
         low: Number = 0.0
-        dtype = autocast_dtype(layer.weight)
-        recipe = Recipe(layer.stretch, layer.rule.centered, dtype=dtype)
-        joins = False
+        own = Numbers(layer.stretch)
         if slope is not None and isinstance(mean, float) and isinstance(std, float):
             low = -mean / std
+            own = Numbers(layer.stretch / std, low, 1 / std)
             if bias is not None:
-                biases[len(ready)], joins = bias, True
-            recipe = Recipe(layer.stretch / std, layer.rule.centered, low, 1 / std, dtype)
-            if bias is None and low != 0.0:
+                biases[index] = bias
+            elif low != 0.0:
                 bias = gain.new_full(gain.shape, low)
         elif slope is not None:
             shift = low = torch.as_tensor(-mean / std)
             gain = gain / std
             bias = (shift if bias is None else bias / std + shift).to(layer.weight.dtype)
-        key: tuple[Any, ...] = (recipe, joins, layer.geometry[0])
-        if len(layers) > 1:
-            tensors = [t for t in (layer.weight, gain, biases.get(len(ready))) if t is not None]
-            key = (*key, *((t.device, t.dtype, t.requires_grad) for t in tensors))
-        together.setdefault(key, []).append(len(ready))
+        elif bias is not None and len(layers) > 1:
+            biases[index] = bias
+        tensors = [t for t in (layer.weight, gain, biases.get(index)) if t is not None]
+        kind = (layer.rule.centered, autocast_dtype(layer.weight), layer.geometry[0])
+        key = (*kind, *((t.device, t.dtype, t.requires_grad) for t in tensors))
+        together.setdefault(key, []).append(index)
         ready.append(Ready(layer.weight, bias, slope, low, mean, std))
         gains.append(gain)
-    for (recipe, joins, *_), members in together.items():
+        numbers.append(own)
+    for (centered, dtype, *_), members in together.items():
+        moves = members[0] in biases
         scaled = scale_rows(
-            recipe,
+            Recipe(tuple(numbers[i] for i in members), centered, dtype),
             tuple(layers[i].geometry for i in members),
             [ready[i].weight for i in members],
             [gains[i] for i in members],
-            [biases[i] for i in members] if joins else (),
+            [biases[i] for i in members] if moves else (),
         )
         for i, (weight, moved) in zip(members, scaled, strict=True):
-            ready[i] = ready[i]._replace(weight=weight, bias=moved if joins else ready[i].bias)
+            ready[i] = ready[i]._replace(weight=weight, bias=moved if moves else ready[i].bias)
     return ready
 
 

@@ -98,6 +98,15 @@ def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) 
     return torch.cat(parts, 1).to(device)
 
 
+@lru_cache(maxsize=256)
+def _numbers(
+    device: torch.device, numbers: tuple[tuple[float, float, float], ...], counts: tuple[int, ...]
+) -> Tensor:
+    """Of each row its layer's factor, low and tilt: shape (3, rows), float32."""
+    rows = torch.tensor(numbers).repeat_interleave(torch.tensor(counts), 0)
+    return rows.T.contiguous().to(device)
+
+
 def table(device: torch.device, tensors: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor:
     """Where each of ``counts[i]`` rows of tensor i lies; address 0 and size 0 where there is no tensor."""
     blocks = tuple(
@@ -110,10 +119,8 @@ def table(device: torch.device, tensors: Sequence[Tensor | None], counts: Sequen
 
 
 def scale(
-    factor: float,
+    numbers: tuple[tuple[float, float, float], ...],
     centered: bool,
-    low: float,
-    tilt: float,
     dtype: torch.dtype | None,
     weights: Sequence[Tensor],
     gains: Sequence[Tensor],
@@ -121,7 +128,7 @@ def scale(
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Forward of ``rows.scale_rows``: scaled weights, moved biases, lengths and means of all rows.
 
-    The first five arguments are ``rows.Recipe``'s.
+    The first three arguments are ``rows.Recipe``'s.
     """
     dtype = dtype or weights[0].dtype
     counts = [len(w) for w in weights]
@@ -131,17 +138,16 @@ def scale(
     lengths, means = like.new_empty((2, total), dtype=torch.float32)
     if total:
         _scale[(total,)](
-            table(like.device, weights, counts), join(gains), join(biases) if biases else lengths, scaled, moved, lengths,
-            means, factor, low, tilt, total, bool(biases), centered, _TYPES[like.dtype], BLOCK,
+            table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
+            join(gains), join(biases) if biases else lengths, scaled, moved, lengths, means,
+            total, bool(biases), centered, _TYPES[like.dtype], BLOCK,
         )  # fmt: skip
     return _part(scaled, weights), list(moved.split(counts)) if biases else [], lengths, means
 
 
 def pull_back(
-    factor: float,
+    numbers: tuple[tuple[float, float, float], ...],
     centered: bool,
-    low: float,
-    tilt: float,
     dtype: torch.dtype | None,
     weights: Sequence[Tensor],
     gains: Sequence[Tensor],
@@ -159,9 +165,11 @@ def pull_back(
     dbias = like.new_empty(total if bias_grads else 0, dtype=bias_dtype)
     if total:
         _pull_back[(total,)](
-            table(like.device, weights, counts), join([_laid_out(g, w) for g, w in zip(grads, weights, strict=True)]),
-            join([g.contiguous() for g in bias_grads]) if bias_grads else lengths, join(gains), lengths, means,
-            result, dgain, dbias, factor, tilt, total, bool(bias_grads), centered, _TYPES[like.dtype], BLOCK,
+            table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
+            join([_laid_out(g, w) for g, w in zip(grads, weights, strict=True)]),
+            join([g.contiguous() for g in bias_grads]) if bias_grads else lengths,
+            join(gains), lengths, means, result, dgain, dbias,
+            total, bool(bias_grads), centered, _TYPES[like.dtype], BLOCK,
         )  # fmt: skip
     return _part(result, weights), dgain.split(counts), dbias.split(counts) if bias_grads else []
 
@@ -242,7 +250,7 @@ if triton is not None:
 
     @triton.jit
     def _scale(
-        rows, gains, biases, scaled, moved, lengths, means, factor, low, tilt, total,
+        rows, numbers, gains, biases, scaled, moved, lengths, means, total,
         BIASED: tl.constexpr, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
@@ -259,17 +267,19 @@ if triton is not None:
         else:
             length = tl.where(length <= 0.0, 1.0, length)
         tl.store(lengths + row, length)
+        factor = tl.load(numbers + row)
         by = factor * tl.load(gains + row).to(tl.float32) / length + (length - length)
         for at in range(0, size, BLOCK):
             columns = at + tl.arange(0, BLOCK)
             x = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
             tl.store(target + columns, (x - mean) * by, mask=columns < size)
         if BIASED:
+            low, tilt = tl.load(numbers + total + row), tl.load(numbers + 2 * total + row)
             tl.store(moved + row, low + tilt * tl.load(biases + row).to(tl.float32))
 
     @triton.jit
     def _pull_back(
-        rows, grads, bias_grads, gains, lengths, means, result, dgain, dbias, factor, tilt, total,
+        rows, numbers, grads, bias_grads, gains, lengths, means, result, dgain, dbias, total,
         BIASED: tl.constexpr, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
@@ -292,6 +302,7 @@ if triton is not None:
             level = tl.sum(sums) / size
             dot -= level * mean * size
         length = tl.load(lengths + row)
+        factor = tl.load(numbers + row)
         by = factor * tl.load(gains + row).to(tl.float32) / length + (length - length)
         radial = dot / length
         pull = radial * by / length
@@ -302,6 +313,7 @@ if triton is not None:
             tl.store(result + start + columns, (g - level) * by - (w - mean) * pull, mask=columns < size)
         tl.store(dgain + row, radial * factor)
         if BIASED:
+            tilt = tl.load(numbers + 2 * total + row)
             tl.store(dbias + row, tilt * tl.load(bias_grads + row).to(tl.float32))
 
     @triton.jit

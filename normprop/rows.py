@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -138,22 +139,64 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.forward(*args)
 
 
-class Recipe(NamedTuple):
-    """What layers must have in common to be scaled together.
+class Numbers(NamedTuple):
+    """A layer's own constants.
 
     Attributes:
         factor: On every length.
-        centered: Remove each row's mean first.
         low: What is added to the biases.
         tilt: What they are multiplied by before.
-        dtype: Of scaled weights and biases; None for the weights' own.
     """
 
     factor: float = 1.0
-    centered: bool = False
     low: float = 0.0
     tilt: float = 1.0
+
+
+class Recipe(NamedTuple):
+    """What is done to the layers that are scaled together.
+
+    Attributes:
+        numbers: One a layer.
+        centered: Remove each row's mean first.
+        dtype: Of scaled weights and biases; None for the weights' own.
+    """
+
+    numbers: tuple[Numbers, ...]
+    centered: bool = False
     dtype: torch.dtype | None = None
+
+
+def _along(numbers: Sequence[Numbers], counts: Sequence[int], like: Tensor) -> Sequence[Any]:
+    """Factor, low and tilt: numbers if all layers have the same, else vectors over all rows."""
+    if all(n == numbers[0] for n in numbers):
+        return numbers[0]
+    make = _vectors if type(like) is Tensor else _vectors.__wrapped__  # a fake one is not kept
+    return make(tuple(numbers), tuple(counts), like.device, like.dtype)
+
+
+@lru_cache(maxsize=256)
+def _vectors(
+    numbers: tuple[Numbers, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    with torch.inference_mode(False):
+        rows = torch.tensor(numbers, dtype=dtype).repeat_interleave(torch.tensor(counts), 0)
+        return rows.T.contiguous().to(device).unbind(0)
+
+
+def _moved(bias: Tensor, low: Any, tilt: Any) -> Tensor:
+    """``low + tilt * bias``."""
+    if isinstance(low, Tensor):
+        return torch.addcmul(low, tilt, bias)
+    return torch.rsub(bias, low, alpha=-tilt)
+
+
+def _scales(factor: Any, gain: Tensor, lengths: Tensor) -> Tensor:
+    """``factor * gain / lengths``."""
+    # lengths - lengths is 0, or NaN where a length overflowed: a row must not vanish without a word.
+    if isinstance(factor, Tensor):
+        return torch.addcdiv(lengths - lengths, gain * factor, lengths)
+    return torch.addcdiv(lengths - lengths, gain, lengths, value=factor)
 
 
 class _Scale(torch.autograd.Function):
@@ -171,14 +214,14 @@ class _Scale(torch.autograd.Function):
         if _in_kernels(weights, geometries):
             scaled, moved, *rest = kernels.scale(*recipe, weights, gains, biases)
             return (*scaled, *moved, *rest)
+        counts = [len(gain) for gain in gains]
         rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
         means: list[Tensor] = []
         if recipe.centered:
             rows, means = _center(rows)
         lengths = _lengths(rows, means)
-        gain = _as(_join(gains), lengths.dtype)
-        # lengths - lengths is 0, or NaN where a length overflowed: a row must not vanish without a word.
-        scale = torch.addcdiv(lengths - lengths, gain, lengths, value=recipe.factor)
+        factor, low, tilt = _along(recipe.numbers, counts, lengths)
+        scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
         scaled = [r.values * s for r, s in zip(rows, _split(scale, rows, gains), strict=True)]
         scaled = [
             _as(v.flatten(0, 1) if g[0] else v, recipe.dtype or w.dtype)
@@ -186,9 +229,9 @@ class _Scale(torch.autograd.Function):
         ]
         moved = []
         if biases:
-            bias = torch.rsub(_join(biases), recipe.low, alpha=-recipe.tilt)  # low + tilt * bias
-            bias = _as(bias, recipe.dtype or bias.dtype)
-            moved = [bias] if n == 1 else bias.split([len(b) for b in biases])
+            bias = _join(biases)
+            bias = _as(_moved(bias, low, tilt), recipe.dtype or bias.dtype)
+            moved = [bias] if n == 1 else bias.split(counts)
         return (*scaled, *moved, lengths, *means)
 
     @staticmethod
@@ -212,6 +255,7 @@ class _Scale(torch.autograd.Function):
         recipe, n, saved = ctx.recipe, len(ctx.geometries), ctx.saved_tensors
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         biases = len(result) - 2 - 2 * n
+        counts = [len(gain) for gain in saved[n : 2 * n]]
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if joined and not torch.is_grad_enabled() and all(g is not None for g in grads[: n + biases]):
             parts = saved[:n], saved[n : 2 * n], *saved[2 * n :], grads[:n], grads[n : n + biases]
@@ -224,7 +268,7 @@ class _Scale(torch.autograd.Function):
             lengths = saved[2 * n]
             means = []
             if recipe.centered and joined:
-                each = saved[-1].split([len(gain) for gain in saved[n : 2 * n]])
+                each = saved[-1].split(counts)
                 means = [each[i].view(r.shape) for i, r in zip(here, rows, strict=True)]
             elif recipe.centered:
                 means = [saved[2 * n + 1 + i] for i in here]
@@ -232,18 +276,21 @@ class _Scale(torch.autograd.Function):
                 directions, means = _center(rows) if recipe.centered else (rows, [])
                 lengths = _lengths(directions, means)
             elif len(here) < n:
-                parts = lengths.split([len(gain) for gain in saved[n : 2 * n]])
+                parts = lengths.split(counts)
                 lengths = _join([parts[i] for i in here])
             gs = [_rows(grads[i], ctx.geometries[i]).values for i in here]  # type: ignore[arg-type]
-            found = _pull_back(recipe, rows, gains, lengths, means, gs)
+            numbers = [recipe.numbers[i] for i in here]
+            found = _pull_back(recipe.centered, numbers, rows, gains, lengths, means, gs)
             for i, dw, dg in zip(here, *found, strict=True):
                 dw = dw.flatten(0, 1) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
         moved = [i for i in range(2 + 2 * n, len(result)) if grads[i - 2 - n] is not None]
         if moved:
             parts = [grads[i - 2 - n] for i in moved]
-            tilted = _as(_join(parts), ctx.bias_dtype) * recipe.tilt
-            for i, db in zip(moved, tilted.split([len(p) for p in parts]), strict=True):
+            lengths, joint = [len(p) for p in parts], _as(_join(parts), ctx.bias_dtype)
+            numbers = [recipe.numbers[i - 2 - 2 * n] for i in moved]
+            tilted = joint * _along(numbers, lengths, joint)[2]
+            for i, db in zip(moved, tilted.split(lengths), strict=True):
                 result[i] = db
         return tuple(result)
 
@@ -253,7 +300,8 @@ def _in_kernels(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bo
 
 
 def _pull_back(
-    recipe: Recipe,
+    centered: bool,
+    numbers: Sequence[Numbers],
     rows: Sequence[_Rows],
     gains: Sequence[Tensor],
     lengths: Tensor,
@@ -261,15 +309,16 @@ def _pull_back(
     grads: Sequence[Tensor],
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Gradients of weights (as rows) and gains, see ``_Scale.backward``."""
-    dots = [(g * r.values).sum(r.dims, keepdim=recipe.centered) for g, r in zip(grads, rows, strict=True)]
-    if recipe.centered:
+    dots = [(g * r.values).sum(r.dims, keepdim=centered) for g, r in zip(grads, rows, strict=True)]
+    if centered:
         levels = [g.mean(r.dims, keepdim=True) for g, r in zip(grads, rows, strict=True)]
         dots = [
             torch.addcmul(dot, level, m, value=-r.fan_in)
             for dot, level, m, r in zip(dots, levels, means, rows, strict=True)
         ]
-    gain = _as(_join(gains), lengths.dtype)
-    scale = torch.addcdiv(lengths - lengths, gain, lengths, value=recipe.factor)
+    counts = [len(gain) for gain in gains]
+    factor, *_ = _along(numbers, counts, lengths)
+    scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
     radial = _join(dots) / lengths
     pull = radial * scale / lengths
     result = [
@@ -278,11 +327,11 @@ def _pull_back(
             grads, rows, _split(scale, rows, gains), _split(pull, rows, gains), strict=True
         )
     ]
-    if recipe.centered:
+    if centered:
         shift = _split(pull * _join(means) - scale * _join(levels), rows, gains)
         result = [dw.add_(s) for dw, s in zip(result, shift, strict=True)]
-    radial = radial * recipe.factor
-    return result, [radial] if len(rows) == 1 else radial.split([len(gain) for gain in gains])
+    radial = radial * factor
+    return result, [radial] if len(rows) == 1 else radial.split(counts)
 
 
 _Scale.forward.__signature__ = _Positional()  # type: ignore
@@ -298,7 +347,7 @@ def scale_rows(
     """Several layers' weights and biases at once.
 
     Args:
-        recipe: What they share.
+        recipe: What is done to them.
         geometries: Of each weight whether it is stored transposed, and its groups.
         weights: See :func:`scaled_weight`; of one dtype, on one device.
         gains: Of one dtype.
@@ -306,7 +355,7 @@ def scale_rows(
 
     Returns:
         Of each layer the weight with row i scaled to length ``gain[i] * factor``, and
-        ``low + tilt * bias``, or None without biases.
+        ``low + tilt * bias``, or None without biases; the numbers are the layer's.
     """
     n = len(geometries)
     result = call(_Scale, recipe, geometries, *weights, *gains, *biases)
@@ -346,7 +395,9 @@ def scaled_weight(
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    ((scaled, _),) = scale_rows(Recipe(factor, centered), ((transposed, groups),), [weight], [gain])
+    ((scaled, _),) = scale_rows(
+        Recipe((Numbers(factor),), centered), ((transposed, groups),), [weight], [gain]
+    )
     return scaled
 
 

@@ -110,7 +110,8 @@ def test_half_precision_and_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(together(x), alone(x))
     alone, together = alone.bfloat16(), together.bfloat16()
-    assert torch.equal(together(x.bfloat16()), alone(x.bfloat16()))
+    # Numbers of one layer, or vectors over all of them: the last bits may differ.
+    torch.testing.assert_close(together(x.bfloat16()), alone(x.bfloat16()), rtol=2e-2, atol=1e-2)
 
 
 def test_second_derivatives():
