@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normprop import activations, gaussian
-from normprop.functional import affine, along
+from normprop.functional import affine, along, rectify
 from normprop.signal import Signal, gaussian_nodes
 
 Shapes = Sequence[Sequence[int]] | None
@@ -1333,6 +1333,40 @@ class Standardize(nn.Module):
 
     def extra_repr(self) -> str:
         return f"mean={self.mean:.6g}, std={self.std:.6g}"
+
+
+class RectifiedSum(nn.Module):
+    """``max(ratio * trunk + branch, low)``: a residual sum and the ReLU behind it, in units in which that is all.
+
+    :func:`normprop.convert` makes it of a :class:`NormalizedAdd`, a ReLU and the :class:`Standardize` that
+    reads them, whose constants go into the layers around (docs/method.md, section 12).
+
+    Args:
+        ratio: On the trunk.
+        low: What a raw value of 0 is in these units.
+        std: Of the result, if it is known; its mean is then 0.
+
+    Shape:
+        Two tensors of one shape, to that shape.
+
+    Example:
+        >>> RectifiedSum(low=-0.5)(torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.25]))
+        tensor([ 2.0000, -0.5000])
+    """
+
+    def __init__(self, ratio: float = 1.0, low: float = 0.0, std: float | None = None) -> None:
+        super().__init__()
+        self.ratio, self.low, self.std = ratio, low, std
+
+    def forward(self, trunk: Tensor, branch: Tensor) -> Tensor:
+        total = trunk + branch if self.ratio == 1.0 else torch.add(branch, trunk, alpha=self.ratio)
+        if isinstance(total, fx.Proxy):
+            return F.threshold(total, self.low, self.low)
+        return rectify(total, self.low)
+
+    def extra_repr(self) -> str:
+        std = "" if self.std is None else f", std={self.std:.4g}"
+        return f"ratio={self.ratio:.4g}, low={self.low:.4g}{std}"
 
 
 def keep_in_state_dict(module: nn.Module, *names: str) -> None:

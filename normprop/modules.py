@@ -25,6 +25,8 @@ class _NormProp(nn.Module):
     groups: int = 1
     transposed: bool = False
     stride: tuple[int, ...]
+    factor: float = 1.0  # on ``W x``: of maps whose std is known to be another than 1 (normprop.convert)
+    initial_bias: float = 0.0
     _channel_dim: int
     _parent: Callable[..., Any]
 
@@ -76,8 +78,8 @@ class _NormProp(nn.Module):
 
     @property
     def stretch(self) -> float:
-        """Factor on ``W x``: a transposed convolution spreads its taps over the stride's phases."""
-        return math.sqrt(math.prod(self.stride)) if self.transposed else 1.0
+        """Factor on ``W x``; a transposed convolution spreads its taps over the stride's phases."""
+        return self.factor * (math.sqrt(math.prod(self.stride)) if self.transposed else 1.0)
 
     def reset_parameters(self) -> None:
         """Glorot weights with rows scaled to 1, the rule's gain, bias 0 (paper, sec. 4)."""
@@ -88,7 +90,7 @@ class _NormProp(nn.Module):
             self.project_()
             nn.init.constant_(self.gain, self.initial_gain)
             if self.bias is not None:
-                nn.init.zeros_(self.bias)
+                nn.init.constant_(self.bias, self.initial_bias)
 
     def project_(self) -> None:
         """Put the weight rows back on the unit sphere, in place; the layer's function stays."""

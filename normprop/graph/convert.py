@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -352,7 +352,7 @@ class Converter:
             )
         if graphs[True].code == graphs[False].code:
             del graphs[False]
-        built = [Rewriter(self, graph, prefix, inputs).run() for graph in graphs.values()]
+        built = [Rewriter(self, graph, prefix, inputs, len(graphs) == 1).run() for graph in graphs.values()]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
         self.finish(result, part, prefix)
         return result
@@ -418,6 +418,12 @@ class Converter:
     def replaced(self, path: str, source: str, target: str) -> None:
         if all(site.path != path for site in self.report.replaced):  # both modes' graphs report it
             self.report.replaced.append(Site(path, source, target))
+
+    def became(self, path: str, target: str) -> None:
+        """A later stage put something else in a site's place."""
+        self.report.replaced[:] = [
+            replace(site, target=target) if site.path == path else site for site in self.report.replaced
+        ]
 
     def finish(self, result: nn.Module, part: nn.Module, prefix: str) -> None:
         """Modules that no graph calls, plain attributes and training flags, as they were."""

@@ -23,7 +23,7 @@ from normprop import activations, functional
 from normprop.data_norm import DATA_NORMS
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
-from normprop.merges import NormalizedAdd, Standardize
+from normprop.merges import NormalizedAdd, RectifiedSum, Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import LAYOUT, Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes, with_slope
@@ -148,6 +148,12 @@ class Walk:
             # They are what is known of the map.
             square = module.std**2
             return first.standardized(), [lambda density: density / square]
+        if isinstance(module, RectifiedSum):
+            self._check_correlation(node, inputs)
+            total, passes = self._sum([self._signal(n) for n in inputs], [module.ratio, 1.0])
+            signal, (above,) = self._through(total, lambda values: values.clamp_min(module.low))
+            signal = signal if module.std is None else signal.standardized().affine(module.std)
+            return signal, [lambda density, through=p: through(above(density)) for p in passes]
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             return self._sum([self._signal(n) for n in inputs], module.factors)
@@ -357,6 +363,8 @@ class Walk:
                 place * slopes if place.shape == slopes.shape else slopes
             )
         result, passing = through_channels(z.values, z.weights, std, mean, finish, length)
+        if "standard" in getattr(layer, "kept", ()):  # its constants were measured
+            result = result.standardized()
         if small:
             sums, slope = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
             sums, square = (t[:, ::every][:, :8].contiguous() for t in (sums, slope.square()))

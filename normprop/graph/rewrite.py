@@ -16,6 +16,7 @@ from normprop import activations, functional, merges, modules
 from normprop.data_norm import DATA_NORMS, GlobalDataNorm
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
+from normprop.graph.lighten import lighten
 from normprop.graph.predict import Walk
 from normprop.graph.trace import below, has, key, place, shape, tensor_inputs
 
@@ -125,7 +126,7 @@ class _Chain:
 
 
 class Rewriter:
-    """Plans and rewrites one graph."""
+    """Plans and rewrites one graph; ``alone`` if its modules have no other."""
 
     def __init__(
         self,
@@ -133,8 +134,9 @@ class Rewriter:
         graph_module: fx.GraphModule,
         prefix: str,
         inputs: tuple[Tensor, ...] | None,
+        alone: bool,
     ) -> None:
-        self.owner = converter
+        self.owner, self.alone = converter, alone
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.prefix = prefix
@@ -157,6 +159,9 @@ class Rewriter:
                 self.rewrite(chain)
         else:
             self.rewrite_fresh(chains)
+            if self.alone:
+                for path in lighten(self.graph_module):
+                    self.owner.became(self.path(path), "RectifiedSum")
             if self.flow.failure and self.flow.failure not in self.owner.report.notes:
                 self.owner.report.notes.append(self.flow.failure)
         tracing.write_nothing_in_place(self.graph_module)
