@@ -39,7 +39,7 @@ PHASES = ("forward", "backward", "optimizer")
 PRECISIONS = ("fp32", "bf16")
 # Largest relative error of output and gradient of a float32 step against float64. A bfloat16 step is
 # the same code; its gradient on random labels is mostly rounding, so its error is reported alone.
-TOLERANCE = 1e-2
+TOLERANCE = 3e-2
 
 
 @dataclass(frozen=True)
