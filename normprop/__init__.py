@@ -57,6 +57,7 @@ from normprop.merges import (
     NormalizedMaxPool2d as NormalizedMaxPool2d,
     NormalizedMaxPool3d as NormalizedMaxPool3d,
     NormalizedUpsample as NormalizedUpsample,
+    RectifiedSum as RectifiedSum,
     Standardize as Standardize,
 )
 from normprop.modules import (

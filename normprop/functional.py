@@ -341,7 +341,11 @@ def definition(linear: Callable[[Tensor, Tensor | None], Tensor], layer: Paramet
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     """What autocast would cast a weight to at its use; None for nothing. It is then made so at once."""
     device = weight.device.type
-    if weight.dtype != torch.float32 or device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+    if (
+        weight.dtype != torch.float32
+        or device not in ("cpu", "cuda")
+        or not torch.is_autocast_enabled(device)
+    ):
         return None
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None

@@ -95,7 +95,7 @@ def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) 
             torch.stack([address + row * size * itemsize, start + row * size, torch.full_like(row, size)])
         )
         start += rows * size
-    return torch.cat(parts, 1).to(device)
+    return _there(torch.cat(parts, 1), device)
 
 
 @lru_cache(maxsize=256)
@@ -104,7 +104,12 @@ def _numbers(
 ) -> Tensor:
     """Of each row its layer's factor, low and tilt: shape (3, rows), float32."""
     rows = torch.tensor(numbers).repeat_interleave(torch.tensor(counts), 0)
-    return rows.T.contiguous().to(device)
+    return _there(rows.T.contiguous(), device)
+
+
+def _there(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device, without a wait for what it does now."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def table(device: torch.device, tensors: Sequence[Tensor | None], counts: Sequence[int]) -> Tensor:

@@ -179,9 +179,7 @@ class _Share(NamedTuple):
     model: nn.Module
     grad: bool
     hooks: Any
-    layers: dict[
-        int, tuple[functional.Parameters, tuple[int, ...], torch.dtype | None, functional.Ready]
-    ]
+    layers: dict[int, tuple[functional.Parameters, tuple[int, ...], torch.dtype | None, functional.Ready]]
 
 
 class _Shares(threading.local):

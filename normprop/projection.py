@@ -131,13 +131,17 @@ class _TrustRegion:
         """
         kinds: dict[Any, list[tuple[Tensor | None, ...]]] = {}
         for layer, own in self.units:
-            there = [layer.gain.detach(), *(p.detach() for p in own.values())]
-            if not kernels.usable(there) or ("weight" in own and layer.transposed):
+            if "weight" in own and layer.transposed:
                 return []
             if own:
-                kind = layer.rule.centered, layer.gain.device, layer.gain.dtype
-                parts = tuple(own.get(name) for name in ("weight", "gain", "bias"))
-                kinds.setdefault(kind, []).append((*parts, layer.gain))
+                gain = layer.gain
+                parts = own.get("weight"), own.get("gain"), own.get("bias")
+                kinds.setdefault((layer.rule.centered, gain.device, gain.dtype), []).append((*parts, gain))
+        if not all(
+            kernels.usable([t for parts in layers for t in parts if t is not None])
+            for layers in kinds.values()
+        ):
+            return []
         result = []
         for (centered, *_), layers in kinds.items():
             weights, gains, biases, every = zip(*layers, strict=True)

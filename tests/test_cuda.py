@@ -153,7 +153,7 @@ def test_steps_with_kernels_equal_those_without(monkeypatch, model, radius):
     assert losses[:3] == pytest.approx(losses[3:], rel=1e-3)
     if radius is not None:  # without it the step is too large for rounding not to grow
         for p, q in zip(*parameters, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
 def test_a_changed_weight_is_noticed():

@@ -62,7 +62,9 @@ class _Lighter:
         for node, module in list(self.modules.items()):
             if isinstance(module, merges.Standardize):
                 self.join_layer(node, module)
-        self.joins = {node: after for node in self.graph.nodes if (after := self.rectified(node)) is not None}
+        self.joins = {
+            node: after for node in self.graph.nodes if (after := self.rectified(node)) is not None
+        }
         sums = [self.carry(node, after) for node, after in self.joins.items()]
         for node, module in list(self.modules.items()):
             if isinstance(module, merges.Standardize) and module.mean == 0.0:
@@ -99,7 +101,10 @@ class _Lighter:
     def join_readers(self, node: fx.Node, module: merges.Standardize) -> None:
         """Into the weights of those that read it, if they are layers all."""
         layers = [self.layer(user) for user in node.users]
-        if not all(layer is not None and user.args[0] is node for layer, user in zip(layers, node.users, strict=True)):
+        if not all(
+            layer is not None and user.args[0] is node
+            for layer, user in zip(layers, node.users, strict=True)
+        ):
             return
         for layer in layers:
             layer.factor /= module.std
@@ -129,9 +134,13 @@ class _Lighter:
         module: Any = self.modules[node]
         trunk, branch = node.args
         (over_trunk, over_branch), before = module.factors, self.carried.get(trunk, _Carried())  # type: ignore
-        entry = next((user for user in after.users if isinstance(self.modules.get(user), merges.Standardize)), None)
+        entry = next(
+            (user for user in after.users if isinstance(self.modules.get(user), merges.Standardize)), None
+        )
         others = [user for user in after.users if user is not entry]
-        free = all(user in self.joins and user.args[0] is after and user.args[1] is not after for user in others)
+        free = all(
+            user in self.joins and user.args[0] is after and user.args[1] is not after for user in others
+        )
         mean, std, scale = 0.0, None, 1.0
         shortcut = self.linear(trunk, node)
         if entry is not None and free:
@@ -146,7 +155,9 @@ class _Lighter:
             ratio = 1.0
         last = self.linear(branch, node)
         self.multiply(last, over_branch / scale, (over_trunk * before.mean - mean) / scale)
-        total = merges.RectifiedSum(1.0 if abs(ratio - 1) < 1e-12 else ratio, -mean / scale, std and std / scale)
+        total = merges.RectifiedSum(
+            1.0 if abs(ratio - 1) < 1e-12 else ratio, -mean / scale, std and std / scale
+        )
         merges.keep_in_state_dict(total, "ratio", "low", *(["std"] if std else []))
         total.train(module.training)
         place(self.graph_module, str(node.target), total)
