@@ -1364,6 +1364,13 @@ class RectifiedSum(nn.Module):
             return F.threshold(total, self.low, self.low)
         return rectify(total, self.low)
 
+    def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
+        """The sum's signal above ``low``, of the std that is known; factors times the share that passes."""
+        trunk, branch = signals
+        result, slope = trunk.affine(self.ratio).plus(branch).apply(lambda u: u.clamp_min(self.low))
+        known = result if self.std is None else result.standardized().affine(self.std)
+        return known, (slope * self.ratio**2, slope)
+
     def extra_repr(self) -> str:
         std = "" if self.std is None else f", std={self.std:.4g}"
         return f"ratio={self.ratio:.4g}, low={self.low:.4g}{std}"

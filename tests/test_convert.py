@@ -936,3 +936,78 @@ def test_fresh_starts_at_the_rule():
     lengths = converted.conv2.weight.flatten(1).norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
     assert math.isclose(converted.fc.gain.mean().item(), 0.9)
+
+
+class RectifiedNet(nn.Module):
+    """ResNet v1: a stem, two blocks that keep the shape and one with a shortcut; ReLU after every sum."""
+
+    def __init__(self, drop=False):
+        super().__init__()
+        self.drop = drop
+        self.stem = triple(C(3, 8), B(8))
+        self.branches = nn.ModuleList(
+            nn.Sequential(triple(C(a, b), B(b)), C(b, b), B(b)) for a, b in ((8, 8), (8, 8), (8, 16))
+        )
+        self.shortcut = nn.Sequential(nn.Conv2d(8, 16, 1), B(16))
+        self.last = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for branch in self.branches[:2]:
+            x = F.relu(x + branch(x))
+        x = F.relu(self.branches[2](x) + self.shortcut(x))
+        return self.last(F.dropout(x.mean((2, 3)), 0.5, self.training and self.drop))
+
+
+def converted(monkeypatch, lightened, rule, drop=False):
+    if not lightened:
+        monkeypatch.setattr(normprop.graph.rewrite, "lighten", lambda _: [])
+    torch.manual_seed(0)
+    source = RectifiedNet(drop).double()
+    torch.manual_seed(1)
+    return convert(source, rule, example=randn(2, 3, 12, 12)).model
+
+
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED])
+def test_constants_go_into_the_layers_around(monkeypatch, rule):
+    light = converted(monkeypatch, True, rule)
+    plain = converted(monkeypatch, False, rule)
+    kinds = [type(m).__name__ for m in light.modules()]
+    assert kinds.count("RectifiedSum") == 3
+    assert "NormalizedAdd" not in kinds
+    assert kinds.count("Standardize") <= 1  # before the mean over positions, which is no layer
+    assert [type(m).__name__ for m in plain.modules()].count("Standardize") >= 3
+    x = randn(4, 3, 12, 12, seed=5)
+    torch.testing.assert_close(light(x), plain(x), rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(net(x).sum(), net.stem.conv.weight)[0] for net in (light, plain)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+    normprop.fold(light, verify=x)
+    assert_train_equals_eval(light, x)
+
+
+def test_the_constants_go_with_the_state_dict(monkeypatch):
+    one = converted(monkeypatch, True, normprop.RECOMMENDED)
+    other = copy.deepcopy(one)
+    for module in other.modules():
+        if isinstance(module, normprop.RectifiedSum):
+            module.low, module.ratio = 7.0, 3.0
+        elif "factor" in getattr(module, "kept", ()):
+            module.factor = 5.0
+    x = randn(2, 3, 12, 12, seed=5)
+    assert not torch.allclose(one(x), other(x))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+    before = one(x)
+    for module in one.modules():
+        if isinstance(module, normprop.modules._NormProp) and module.activation is None:
+            bias = module.bias.detach().clone()
+            module.reset_parameters()
+            torch.testing.assert_close(module.bias.detach(), bias)  # where the trunk's mean is
+    assert not torch.allclose(one(x), before)
+
+
+def test_modules_of_two_graphs_keep_their_constants_apart(monkeypatch):
+    """What training and eval both call is one module in two graphs: nothing is moved."""
+    kinds = [type(m).__name__ for m in converted(monkeypatch, True, normprop.PAPER, drop=True).modules()]
+    assert "RectifiedSum" not in kinds
+    assert "Standardize" in kinds

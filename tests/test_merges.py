@@ -30,6 +30,7 @@ from normprop.merges import (
     NormalizedMaxPool2d,
     NormalizedMaxPool3d,
     NormalizedUpsample,
+    RectifiedSum,
     Standardize,
     max_constants,
 )
@@ -488,6 +489,7 @@ MODULES = {
     "dropout": (lambda: NormalizedDropout(0.3), 1),
     "gate": (lambda: NormalizedGate(), 2),
     "standardize": (lambda: Standardize(1.0, 2.0), 1),
+    "rectified sum": (lambda: RectifiedSum(0.8, -0.3), 2),
 }
 modules = pytest.mark.parametrize(("build", "inputs"), MODULES.values(), ids=MODULES)
 SIZED = (NormalizedAdaptiveMaxPool2d,)
@@ -632,6 +634,7 @@ PROPAGATE = {
     "gate": (lambda: NormalizedGate(), 2, 0.0),
     "silu gate": (lambda: NormalizedGate("silu"), 2, 0.0),
     "standardize": (lambda: Standardize(-0.5, 2.0), 1, 0.0),
+    "rectified sum": (lambda: RectifiedSum(0.8, -0.3), 2, 0.0),
 }
 
 
@@ -688,3 +691,21 @@ def test_propagate_without_shapes():
     padded, plain = NormalizedMaxPool2d(3, 2, 1), NormalizedMaxPool2d(3, 2)
     assert padded.propagate(z)[1] == plain.propagate(z)[1] == (1 / plain.table[-1][1] ** 2,)
     assert NormalizedAdaptiveMaxPool2d(1).propagate(z, shapes=[(1, 1, 3, 3)])[1] == plain.propagate(z)[1]
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.7])
+def test_a_rectified_sum_is_a_sum_and_a_maximum(ratio):
+    trunk, branch = randn(4, 3).requires_grad_(), randn(4, 3, seed=1).requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours = RectifiedSum(ratio, -0.3)(trunk, branch)
+    true = (ratio * trunk + branch).clamp_min(-0.3)
+    torch.testing.assert_close(ours, true)
+    assert [t.data_ptr() for t in kept] == [ours.data_ptr()]  # its output alone
+    weights = randn(4, 3, seed=2)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), (trunk, branch)),
+        torch.autograd.grad((true * weights).sum(), (trunk, branch)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
