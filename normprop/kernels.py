@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 r"""Rows of any number of weights in one kernel a pass, on CUDA; :mod:`normprop.rows` is the truth.
 
 A step of a network spends its time in convolutions; what NormProp adds are hundreds of operations on

@@ -258,15 +258,17 @@ class _Scale(torch.autograd.Function):
         counts = [len(gain) for gain in saved[n : 2 * n]]
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if joined and not torch.is_grad_enabled() and all(g is not None for g in grads[: n + biases]):
-            parts = saved[:n], saved[n : 2 * n], *saved[2 * n :], grads[:n], grads[n : n + biases]
-            dws, dgs, dbs = kernels.pull_back(*recipe, *parts, ctx.bias_dtype)
+            own: Any = saved[:n], saved[n : 2 * n], *saved[2 * n :]
+            dws, dgs, dbs = kernels.pull_back(
+                *recipe, *own, grads[:n], grads[n : n + biases], ctx.bias_dtype
+            )
             return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
         if here:
             rows = [_rows(saved[i], ctx.geometries[i]) for i in here]
             gains = [saved[n + i] for i in here]
             lengths = saved[2 * n]
-            means = []
+            means: Any = []
             if recipe.centered and joined:
                 each = saved[-1].split(counts)
                 means = [each[i].view(r.shape) for i, r in zip(here, rows, strict=True)]

@@ -133,7 +133,8 @@ class _Lighter:
         """One module for a sum and its ReLU; what it carries."""
         module: Any = self.modules[node]
         trunk, branch = node.args
-        (over_trunk, over_branch), before = module.factors, self.carried.get(trunk, _Carried())  # type: ignore
+        over_trunk, over_branch = module.factors
+        before = self.carried.get(trunk, _Carried())  # type: ignore[arg-type]
         entry = next(
             (user for user in after.users if isinstance(self.modules.get(user), merges.Standardize)), None
         )
@@ -141,34 +142,30 @@ class _Lighter:
         free = all(
             user in self.joins and user.args[0] is after and user.args[1] is not after for user in others
         )
-        mean, std, scale = 0.0, None, 1.0
+        mean, scale, std = 0.0, 1.0, None
         shortcut = self.linear(trunk, node)
+        reads: Any = self.modules.get(entry)
         if entry is not None and free:
-            mean, std = self.modules[entry].mean, self.modules[entry].std  # type: ignore[union-attr]
-            scale = over_trunk * before.scale
-            if shortcut is not None or not _DRIFT[0] <= std / scale <= _DRIFT[1]:  # type: ignore[operator]
-                scale = std
-        now = _Carried(mean, scale)  # type: ignore[arg-type]
+            mean, scale = reads.mean, over_trunk * before.scale
+            if shortcut is not None or not _DRIFT[0] <= reads.std / scale <= _DRIFT[1]:
+                scale = reads.std
+            std = reads.std / scale
         ratio = over_trunk * before.scale / scale
         if shortcut is not None:
             self.multiply(shortcut, ratio)
             ratio = 1.0
         last = self.linear(branch, node)
         self.multiply(last, over_branch / scale, (over_trunk * before.mean - mean) / scale)
-        total = merges.RectifiedSum(
-            1.0 if abs(ratio - 1) < 1e-12 else ratio, -mean / scale, std and std / scale
-        )
+        total = merges.RectifiedSum(1.0 if abs(ratio - 1) < 1e-12 else ratio, -mean / scale, std)
         merges.keep_in_state_dict(total, "ratio", "low", *(["std"] if std else []))
         total.train(module.training)
         place(self.graph_module, str(node.target), total)
         self.modules[node] = total
         self.remove(after, node)
-        self.carried[node] = now
-        if entry is not None and now != _Carried():
-            assert std is not None
-            entry_module: Any = self.modules[entry]
-            entry_module.mean, entry_module.std = 0.0, std / scale
-            if abs(entry_module.std - 1) < 1e-12:
+        self.carried[node] = _Carried(mean, scale)
+        if entry is not None and std is not None:
+            reads.mean, reads.std = 0.0, std
+            if abs(std - 1) < 1e-12:
                 self.remove(entry, node)
         return str(node.target)
 
