@@ -252,16 +252,16 @@ class _Scale(torch.autograd.Function):
         Neither g nor w is centred by a pass of its own: with means G and S over the f elements,
         :math:`g \cdot w = g \cdot W - GS/f`, and dw gets one number a row more.
         """
-        recipe, n, saved = ctx.recipe, len(ctx.geometries), ctx.saved_tensors
+        recipe: Recipe = ctx.recipe
+        n, saved = len(ctx.geometries), ctx.saved_tensors
         result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         biases = len(result) - 2 - 2 * n
         counts = [len(gain) for gain in saved[n : 2 * n]]
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if joined and not torch.is_grad_enabled() and all(g is not None for g in grads[: n + biases]):
-            own: Any = saved[:n], saved[n : 2 * n], *saved[2 * n :]
-            dws, dgs, dbs = kernels.pull_back(
-                *recipe, *own, grads[:n], grads[n : n + biases], ctx.bias_dtype
-            )
+            weights, gains, rest = saved[:n], saved[n : 2 * n], (saved[-2], saved[-1])
+            given = grads[:n], grads[n : n + biases], ctx.bias_dtype
+            dws, dgs, dbs = kernels.pull_back(*recipe, weights, gains, *rest, *given)
             return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
         if here:
