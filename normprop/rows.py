@@ -260,7 +260,7 @@ class _Scale(torch.autograd.Function):
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if joined and not torch.is_grad_enabled() and all(g is not None for g in grads[: n + biases]):
             weights, gains, rest = saved[:n], saved[n : 2 * n], (saved[-2], saved[-1])
-            given = grads[:n], grads[n : n + biases], ctx.bias_dtype
+            given: Any = grads[:n], grads[n : n + biases], ctx.bias_dtype
             dws, dgs, dbs = kernels.pull_back(*recipe, weights, gains, *rest, *given)
             return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
