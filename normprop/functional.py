@@ -352,6 +352,99 @@ def autocast_dtype(weight: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
+class _Group(NamedTuple):
+    """Layers whose rows are scaled in one node: their numbers, and the arguments of ``scale_rows``."""
+
+    members: list[int]
+    arguments: tuple[Any, ...]
+
+
+class Arrangement:
+    """How layers' linear maps are made together: all but the work on their values.
+
+    Attributes:
+        groups: Which are scaled in one node.
+        ready: What is known of each before.
+        lasting: Whether it holds for as long as :meth:`fits` says so.
+    """
+
+    def __init__(self, layers: Sequence[Parameters]) -> None:
+        self.signatures = [_signature(layer) for layer in layers]
+        self.ready: list[Ready] = []
+        self.lasting = all(type(layer.weight) is nn.Parameter for layer in layers)
+        together: dict[Any, list[int]] = {}
+        gains: list[Tensor] = []
+        numbers: list[Numbers] = []
+        biases: dict[int, Tensor] = {}  # those that are moved with the others'
+        for index, layer in enumerate(layers):
+            mean, std = constants(layer.activation, layer.rule, layer.gain, layer.bias, layer.standard)
+            slope = None if layer.activation is None else activations.negative_slope(layer.activation)
+            gain, bias = layer.gain, layer.bias
+            low: Number = 0.0
+            own = Numbers(layer.stretch)
+            if not (isinstance(mean, float) and isinstance(std, float)):
+                self.lasting = False
+            if slope is not None and isinstance(mean, float) and isinstance(std, float):
+                low = -mean / std
+                own = Numbers(layer.stretch / std, low, 1 / std)
+                if bias is not None:
+                    biases[index] = bias
+                elif low != 0.0:
+                    bias, self.lasting = gain.new_full(gain.shape, low), False
+            elif slope is not None:
+                shift = low = torch.as_tensor(-mean / std)
+                gain = gain / std
+                bias = (shift if bias is None else bias / std + shift).to(layer.weight.dtype)
+            elif bias is not None and len(layers) > 1:
+                biases[index] = bias
+            tensors = [t for t in (layer.weight, gain, biases.get(index)) if t is not None]
+            kind = (layer.rule.centered, autocast_dtype(layer.weight), layer.geometry[0])
+            key = (*kind, *((t.device, t.dtype, t.requires_grad) for t in tensors))
+            together.setdefault(key, []).append(index)
+            self.ready.append(Ready(layer.weight, bias, slope, low, mean, std))
+            gains.append(gain)
+            numbers.append(own)
+        self.groups = [
+            _Group(
+                members,
+                (
+                    Recipe(tuple(numbers[i] for i in members), centered, dtype),
+                    tuple(layers[i].geometry for i in members),
+                    [layers[i].weight for i in members],
+                    [gains[i] for i in members],
+                    [biases[i] for i in members] if members[0] in biases else (),
+                ),
+            )
+            for (centered, dtype, *_), members in together.items()
+        ]
+
+    def fits(self, layers: Sequence[Parameters]) -> bool:
+        """Whether it is still that of these layers."""
+        return self.lasting and [_signature(layer) for layer in layers] == self.signatures
+
+    def make(self) -> list[Ready]:
+        """The maps, from the values as they are now."""
+        ready = list(self.ready)
+        for members, arguments in self.groups:
+            for i, (weight, moved) in zip(members, scale_rows(*arguments), strict=True):
+                _, bias, *rest = ready[i]
+                ready[i] = Ready(weight, bias if moved is None else moved, *rest)
+        return ready
+
+
+def _signature(layer: Parameters) -> tuple[Any, ...]:
+    """All that an arrangement follows from; it holds the tensors whose ids these are."""
+    weight, gain, bias, activation, *rest = layer
+    tensors = (weight, gain) if bias is None else (weight, gain, bias)
+    return (
+        *((id(t), t.device, t.dtype, t.requires_grad) for t in tensors),
+        autocast_dtype(weight),
+        id(activation),
+        None if activation is None else activations.negative_slope(activation),
+        *rest,
+    )
+
+
 def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
     r"""The linear maps of any number of layers, in a number of operations that hardly grows with it.
 
@@ -364,49 +457,7 @@ def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
     Returns:
         One for each layer.
     """
-    ready: list[Ready] = []
-    together: dict[Any, list[int]] = {}
-    gains: list[Tensor] = []
-    numbers: list[Numbers] = []
-    biases: dict[int, Tensor] = {}  # those that are moved with the others'
-    for index, layer in enumerate(layers):
-        mean, std = constants(layer.activation, layer.rule, layer.gain, layer.bias, layer.standard)
-        slope = None if layer.activation is None else activations.negative_slope(layer.activation)
-        gain, bias = layer.gain, layer.bias
-        low: Number = 0.0
-        own = Numbers(layer.stretch)
-        if slope is not None and isinstance(mean, float) and isinstance(std, float):
-            low = -mean / std
-            own = Numbers(layer.stretch / std, low, 1 / std)
-            if bias is not None:
-                biases[index] = bias
-            elif low != 0.0:
-                bias = gain.new_full(gain.shape, low)
-        elif slope is not None:
-            shift = low = torch.as_tensor(-mean / std)
-            gain = gain / std
-            bias = (shift if bias is None else bias / std + shift).to(layer.weight.dtype)
-        elif bias is not None and len(layers) > 1:
-            biases[index] = bias
-        tensors = [t for t in (layer.weight, gain, biases.get(index)) if t is not None]
-        kind = (layer.rule.centered, autocast_dtype(layer.weight), layer.geometry[0])
-        key = (*kind, *((t.device, t.dtype, t.requires_grad) for t in tensors))
-        together.setdefault(key, []).append(index)
-        ready.append(Ready(layer.weight, bias, slope, low, mean, std))
-        gains.append(gain)
-        numbers.append(own)
-    for (centered, dtype, *_), members in together.items():
-        moves = members[0] in biases
-        scaled = scale_rows(
-            Recipe(tuple(numbers[i] for i in members), centered, dtype),
-            tuple(layers[i].geometry for i in members),
-            [ready[i].weight for i in members],
-            [gains[i] for i in members],
-            [biases[i] for i in members] if moves else (),
-        )
-        for i, (weight, moved) in zip(members, scaled, strict=True):
-            ready[i] = ready[i]._replace(weight=weight, bias=moved if moves else ready[i].bias)
-    return ready
+    return Arrangement(layers).make()
 
 
 def propagate(

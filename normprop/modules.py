@@ -217,29 +217,37 @@ def _shared(module: _NormProp, layer: functional.Parameters) -> functional.Ready
     return ready if same and not apart and versions == _versions(layer) else None
 
 
-def _open_share(model: nn.Module, _: Any) -> None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or functional._plain:
-        return
-    modules: list[_NormProp] = []
-    places = [model]
-    while places:
-        place = places.pop()
-        if isinstance(place, _NormProp):
-            modules.append(place)
-        # What hooks its own forward may change its parameters there.
-        places += [m for m in place._modules.values() if m is not None and not m._forward_pre_hooks]
-    layers = [module._parameters_now() for module in modules]
-    _shares.open.append(
-        _Share(
-            model,
-            torch.is_grad_enabled(),
-            _saving_hooks(),
-            {
-                id(module): (layer, _versions(layer), functional.autocast_dtype(layer.weight), ready)
-                for module, layer, ready in zip(modules, layers, functional.make_ready(layers), strict=True)
-            },
-        )
-    )
+class _OpenShare:
+    """A forward pre-hook that makes all layers of a model ready; it remembers how they were arranged."""
+
+    def __init__(self) -> None:
+        self.arrangement: functional.Arrangement | None = None
+
+    def __reduce__(self) -> Any:
+        return _OpenShare, ()  # a copy of the model has other layers
+
+    def __call__(self, model: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or functional._plain:
+            return
+        modules: list[_NormProp] = []
+        places = [model]
+        while places:
+            place = places.pop()
+            if isinstance(place, _NormProp):
+                modules.append(place)
+            # What hooks its own forward may change its parameters there.
+            places += [m for m in place._modules.values() if m is not None and not m._forward_pre_hooks]
+        layers = [module._parameters_now() for module in modules]
+        if self.arrangement is None or not self.arrangement.fits(layers):
+            self.arrangement = functional.Arrangement(layers)
+        ready = self.arrangement.make()
+        if not self.arrangement.lasting:
+            self.arrangement = None
+        made = {
+            id(module): (layer, _versions(layer), functional.autocast_dtype(layer.weight), own)
+            for module, layer, own in zip(modules, layers, ready, strict=True)
+        }
+        _shares.open.append(_Share(model, torch.is_grad_enabled(), _saving_hooks(), made))
 
 
 def _close_share(model: nn.Module, _: Any, __: Any) -> None:
@@ -283,11 +291,11 @@ def scale_together(model: nn.Module) -> _Handle:
         >>> model = nn.Sequential(NormPropLinear(3, 2), NormPropLinear(2, 2))
         >>> handle = scale_together(model)
     """
-    if _open_share in model._forward_pre_hooks.values():
+    if any(isinstance(hook, _OpenShare) for hook in model._forward_pre_hooks.values()):
         return _Handle(())
     return _Handle(
         (
-            model.register_forward_pre_hook(_open_share),
+            model.register_forward_pre_hook(_OpenShare()),
             model.register_forward_hook(_close_share, always_call=True),
         )
     )
