@@ -427,8 +427,8 @@ class Arrangement:
         ready = list(self.ready)
         for members, arguments in self.groups:
             for i, (weight, moved) in zip(members, scale_rows(*arguments), strict=True):
-                _, bias, *rest = ready[i]
-                ready[i] = Ready(weight, bias if moved is None else moved, *rest)
+                _, bias, slope, low, mean, std = ready[i]
+                ready[i] = Ready(weight, bias if moved is None else moved, slope, low, mean, std)
         return ready
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,12 +70,6 @@ def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
 def join(tensors: Sequence[Tensor]) -> Tensor:
     """Dense tensors' numbers, one after another."""
     return flat(tensors[0]) if len(tensors) == 1 else torch.cat([flat(t) for t in tensors])
-
-
-def copied(like: Tensor, tensors: Sequence[Tensor | None]) -> Tensor:
-    """The numbers of those that are there, joined, on the device of ``like``."""
-    there = [flat(t.detach()) for t in tensors if t is not None]
-    return torch.cat(there) if there else like.new_empty(0)
 
 
 def _part(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -189,28 +184,52 @@ def project_(weights: Sequence[Tensor], centered: bool) -> None:
     torch.autograd.graph.increment_version(weights)
 
 
-def restrain_(
-    units: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
-    before: Sequence[Tensor],
-    counts: Sequence[int],
-    centered: bool,
-    radius: float,
-) -> None:
-    """Updates scaled down to the trust region, and rows projected, see ``projection._TrustRegion``.
+class Units(NamedTuple):
+    """Units of layers of one kind, where their weights, gains and biases lie, and what they were.
 
-    Args:
-        units: Of each layer weight, gain and bias; None where it has none of its own.
-        before: What they were: all weights, all gains, all biases, each joined.
-        counts: Of each layer its units.
-        centered: Of the projection.
-        radius: Of the region.
+    Attributes:
+        there: All the tensors.
+        tables: Of weights, gains and biases, see :func:`table`.
+        before: Their numbers.
+        centered: Whether rows are projected without their means.
     """
-    there = [t for unit in units for t in unit if t is not None]
-    total = sum(counts)
-    if total:
-        tables = [table(there[0].device, part, counts) for part in zip(*units, strict=True)]
-        _restrain[(total,)](*tables, *before, radius, total, centered, _TYPES[there[0].dtype], BLOCK)
-    torch.autograd.graph.increment_version(there)
+
+    there: list[Tensor]
+    tables: list[Tensor]
+    before: list[Tensor]
+    centered: bool
+
+    @staticmethod
+    def now(
+        layers: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
+        counts: Sequence[int],
+        centered: bool,
+    ) -> Units:
+        """Units as they are now.
+
+        Args:
+            layers: Of each layer weight, gain and bias; None where it has none of its own.
+            counts: Of each layer its units.
+            centered: See above.
+        """
+        there = [t for layer in layers for t in layer if t is not None]
+        like, total = there[0], sum(counts)
+        tables, before = [], []
+        for part in zip(*layers, strict=True):
+            size = sum(t.numel() for t in part if t is not None)
+            tables.append(table(like.device, part, counts))
+            before.append(torch.empty(size, dtype=like.dtype, device=like.device))
+            if size:
+                _copy[(total,)](tables[-1], before[-1], total, _TYPES[like.dtype], BLOCK)
+        return Units(there, tables, before, centered)
+
+    def restrain_(self, radius: float) -> None:
+        """Updates since then scaled down to the trust region, and rows projected, see ``projection._TrustRegion``."""
+        total = self.tables[0].shape[1]
+        if total:
+            type_ = _TYPES[self.there[0].dtype]
+            _restrain[(total,)](*self.tables, *self.before, radius, total, self.centered, type_, BLOCK)
+        torch.autograd.graph.increment_version(self.there)
 
 
 if triton is not None:
@@ -321,6 +340,17 @@ if triton is not None:
         if BIASED:
             tilt = tl.load(numbers + 2 * total + row)
             tl.store(dbias + row, tilt * tl.load(bias_grads + row).to(tl.float32))
+
+    @triton.jit
+    def _copy(rows, target, total, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+        row = tl.program_id(0)
+        source = tl.load(rows + row).to(tl.pointer_type(TYPE))
+        start = tl.load(rows + total + row)
+        size = tl.load(rows + 2 * total + row)
+        for at in range(0, size, BLOCK):
+            columns = at + tl.arange(0, BLOCK)
+            x = tl.load(source + columns, mask=columns < size)
+            tl.store(target + start + columns, x, mask=columns < size)
 
     @triton.jit
     def _project(rows, total, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):

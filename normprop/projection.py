@@ -110,7 +110,7 @@ class _TrustRegion:
         self.model, self.radius = model, radius
         self.units: list[tuple[Any, dict[str, Tensor]]] = []
         self.before: list[dict[str, Tensor]] = []
-        self.joined: list[tuple[Any, ...]] = []  # the same, where kernels do it: of layers of one kind
+        self.joined: list[kernels.Units] = []  # instead, where kernels do it
 
     def _units(self) -> list[tuple[Any, dict[str, Tensor]]]:
         """Layers with what of theirs a step moves; a shared parameter belongs to the first."""
@@ -118,18 +118,17 @@ class _TrustRegion:
         seen: set[int] = set()
         for layer in self.model.modules():
             if isinstance(layer, (_NormProp, NormalizedActivation)) and layer.gain is not None:
-                own = {name: getattr(layer, name, None) for name in ("weight", "gain", "bias")}
-                moving = {name: p for name, p in own.items() if p is not None and id(p) not in seen}
+                own = {name: layer._parameters.get(name) for name in ("weight", "gain", "bias")}
+                moving: dict[str, Tensor] = {
+                    name: p for name, p in own.items() if p is not None and id(p) not in seen
+                }
                 seen |= {id(p) for p in moving.values()}
                 units.append((layer, moving))
         return units
 
-    def _join(self) -> list[tuple[Any, ...]]:
-        """Of layers of one kind their parameters, numbers of units, all values joined, and whether centred.
-
-        Nothing if there is a layer that kernels cannot work on.
-        """
-        kinds: dict[Any, list[tuple[Tensor | None, ...]]] = {}
+    def _join(self) -> list[kernels.Units]:
+        """The units of layers of each kind; none if there is a layer that kernels cannot work on."""
+        kinds: dict[Any, list[tuple[Any, ...]]] = {}
         for layer, own in self.units:
             if "weight" in own and layer.transposed:
                 return []
@@ -142,13 +141,12 @@ class _TrustRegion:
             for layers in kinds.values()
         ):
             return []
-        result = []
-        for (centered, *_), layers in kinds.items():
-            weights, gains, biases, every = zip(*layers, strict=True)
-            before = [kernels.copied(every[0], part) for part in (weights, gains, biases)]
-            units = list(zip(weights, gains, biases, strict=True))
-            result.append((units, before, [len(gain) for gain in every], centered))
-        return result
+        return [
+            kernels.Units.now(
+                [parts[:3] for parts in layers], [len(parts[3]) for parts in layers], centered
+            )
+            for (centered, *_), layers in kinds.items()
+        ]
 
     @torch.no_grad()
     def remember(self, *_: Any) -> None:
@@ -163,9 +161,9 @@ class _TrustRegion:
         """After a step: updates scaled down to the radius, rows put back to unit length."""
         if self.joined:
             radius = self.radius * _annealed(optimizer)
-            for units, before, counts, centered in self.joined:
-                kernels.restrain_(units, before, counts, centered, radius)
-            self.joined = []
+            for kind in self.joined:
+                kind.restrain_(radius)
+            self.units, self.joined = [], []
             return
         units, before, self.units, self.before = self.units, self.before, [], []
         moves = [
