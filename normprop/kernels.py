@@ -55,21 +55,23 @@ def _dense(weight: Tensor) -> bool:
     )
 
 
-def flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's numbers as they lie in memory."""
+def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor's numbers in the order in which ``like``, which is dense, has its own in memory."""
+    if tensor.stride() != like.stride() or tensor.dtype not in DTYPES:
+        tensor = torch.empty_like(like).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor with the strides of ``like``, which is dense."""
-    if tensor.stride() == like.stride() and tensor.dtype in DTYPES:
-        return tensor
-    return torch.empty_like(like).copy_(tensor)
+def _run(kernel, rows: int, like: Tensor, *arguments) -> None:
+    """A program a row, on the device of ``like``; no row, no launch."""
+    if rows:
+        with torch.cuda.device_of(like):
+            kernel[(rows,)](*arguments)
 
 
-def join(tensors: Sequence[Tensor]) -> Tensor:
-    """Dense tensors' numbers, one after another."""
-    return flat(tensors[0]) if len(tensors) == 1 else torch.cat([flat(t) for t in tensors])
+def join(vectors: Sequence[Tensor]) -> Tensor:
+    """Vectors' numbers, one after another."""
+    return torch.cat([v.contiguous() for v in vectors]) if len(vectors) > 1 else vectors[0].contiguous()
 
 
 def _part(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -81,7 +83,7 @@ def _part(joined: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     return views
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) -> Tensor:
     """Of each row its address, its start in the joined weights and its size: shape (3, rows), int64."""
     parts, start = [], 0
@@ -94,7 +96,7 @@ def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) 
     return _there(torch.cat(parts, 1), device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _numbers(
     device: torch.device, numbers: tuple[tuple[float, float, float], ...], counts: tuple[int, ...]
 ) -> Tensor:
@@ -137,12 +139,11 @@ def scale(
     scaled = like.new_empty(sum(w.numel() for w in weights), dtype=dtype)
     moved = like.new_empty(total if biases else 0, dtype=dtype)
     lengths, means = like.new_empty((2, total), dtype=torch.float32)
-    if total:
-        _scale[(total,)](
-            table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
-            join(gains), join(biases) if biases else lengths, scaled, moved, lengths, means,
-            total, bool(biases), centered, _TYPES[like.dtype], BLOCK,
-        )  # fmt: skip
+    _run(
+        _scale, total, like, table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
+        join(gains), join(biases) if biases else lengths, scaled, moved, lengths, means,
+        total, bool(biases), centered, _TYPES[like.dtype], BLOCK,
+    )  # fmt: skip
     return _part(scaled, weights), list(moved.split(counts)) if biases else [], lengths, means
 
 
@@ -164,23 +165,20 @@ def pull_back(
     result = like.new_empty(sum(w.numel() for w in weights))
     dgain = gains[0].new_empty(total)
     dbias = like.new_empty(total if bias_grads else 0, dtype=bias_dtype)
-    if total:
-        _pull_back[(total,)](
-            table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
-            join([_laid_out(g, w) for g, w in zip(grads, weights, strict=True)]),
-            join([g.contiguous() for g in bias_grads]) if bias_grads else lengths,
-            join(gains), lengths, means, result, dgain, dbias,
-            total, bool(bias_grads), centered, _TYPES[like.dtype], BLOCK,
-        )  # fmt: skip
+    _run(
+        _pull_back, total, like, table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
+        join([_laid_out(g, w) for g, w in zip(grads, weights, strict=True)]),
+        join(bias_grads) if bias_grads else lengths, join(gains), lengths, means, result, dgain, dbias,
+        total, bool(bias_grads), centered, _TYPES[like.dtype], BLOCK,
+    )  # fmt: skip
     return _part(result, weights), dgain.split(counts), dbias.split(counts) if bias_grads else []
 
 
 def project_(weights: Sequence[Tensor], centered: bool) -> None:
     """``rows.project_rows_``."""
-    total = sum(len(w) for w in weights)
-    if total:
-        rows = table(weights[0].device, weights, [len(w) for w in weights])
-        _project[(total,)](rows, total, centered, _TYPES[weights[0].dtype], BLOCK)
+    like, counts = weights[0], [len(w) for w in weights]
+    total, rows = sum(counts), table(like.device, weights, counts)
+    _run(_project, total, like, rows, total, centered, _TYPES[like.dtype], BLOCK)
     torch.autograd.graph.increment_version(weights)
 
 
@@ -219,16 +217,14 @@ class Units(NamedTuple):
             size = sum(t.numel() for t in part if t is not None)
             tables.append(table(like.device, part, counts))
             before.append(torch.empty(size, dtype=like.dtype, device=like.device))
-            if size:
-                _copy[(total,)](tables[-1], before[-1], total, _TYPES[like.dtype], BLOCK)
+            _run(_copy, size and total, like, tables[-1], before[-1], total, _TYPES[like.dtype], BLOCK)
         return Units(there, tables, before, centered)
 
     def restrain_(self, radius: float) -> None:
         """Updates since then scaled down to the trust region, and rows projected, see ``projection._TrustRegion``."""
-        total = self.tables[0].shape[1]
-        if total:
-            type_ = _TYPES[self.there[0].dtype]
-            _restrain[(total,)](*self.tables, *self.before, radius, total, self.centered, type_, BLOCK)
+        total, like = self.tables[0].shape[1], self.there[0]
+        where = *self.tables, *self.before
+        _run(_restrain, total, like, *where, radius, total, self.centered, _TYPES[like.dtype], BLOCK)
         torch.autograd.graph.increment_version(self.there)
 
 
