@@ -36,12 +36,19 @@ def usable(weights: Sequence[Tensor]) -> bool:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._len_torch_dispatch_stack():
         return False
     dtype, device = weights[0].dtype, weights[0].device
     return dtype in DTYPES and all(
         type(w) in (Tensor, torch.nn.Parameter) and w.dtype == dtype and w.device == device and _dense(w)
         for w in weights
+    )
+
+
+def readable(grads: Sequence[Tensor | None]) -> bool:
+    """Whether all gradients are there, and plain tensors."""
+    return torch._C._functorch.peek_interpreter_stack() is None and all(
+        type(g) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(g) for g in grads
     )
 
 
@@ -88,7 +95,7 @@ def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) 
     """Of each row its address, its start in the joined weights and its size: shape (3, rows), int64."""
     parts, start = [], 0
     for address, rows, size, itemsize in blocks:
-        row = torch.arange(rows)
+        row = torch.arange(rows, device="cpu")
         parts.append(
             torch.stack([address + row * size * itemsize, start + row * size, torch.full_like(row, size)])
         )
@@ -101,8 +108,9 @@ def _numbers(
     device: torch.device, numbers: tuple[tuple[float, float, float], ...], counts: tuple[int, ...]
 ) -> Tensor:
     """Of each row its layer's factor, low and tilt: shape (3, rows), float32."""
-    rows = torch.tensor(numbers).repeat_interleave(torch.tensor(counts), 0)
-    return _there(rows.T.contiguous(), device)
+    rows = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    each = torch.cat([row.expand(count, 3) for row, count in zip(rows, counts, strict=True)])
+    return _there(each.T.contiguous(), device)
 
 
 def _there(tensor: Tensor, device: torch.device) -> Tensor:
@@ -133,11 +141,10 @@ def scale(
 
     The first three arguments are ``rows.Recipe``'s.
     """
-    dtype = dtype or weights[0].dtype
     counts = [len(w) for w in weights]
     total, like = sum(counts), weights[0]
-    scaled = like.new_empty(sum(w.numel() for w in weights), dtype=dtype)
-    moved = like.new_empty(total if biases else 0, dtype=dtype)
+    scaled = like.new_empty(sum(w.numel() for w in weights), dtype=dtype or like.dtype)
+    moved = like.new_empty(total if biases else 0, dtype=dtype or (biases or weights)[0].dtype)
     lengths, means = like.new_empty((2, total), dtype=torch.float32)
     _run(
         _scale, total, like, table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),

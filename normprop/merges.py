@@ -1383,7 +1383,10 @@ def keep_in_state_dict(module: nn.Module, *names: str) -> None:
         module: One of this file's modules.
         names: Its attributes, numbers or tuples of numbers.
     """
-    module.kept = names  # type: ignore[assignment]
+    before: tuple[str, ...] = getattr(module, "kept", ())
+    module.kept = tuple(sorted({*before, *names}))  # type: ignore[assignment]
+    if before:
+        return
     module.register_state_dict_post_hook(_save_constants)
     module.register_load_state_dict_pre_hook(_load_constants)
 
@@ -1395,11 +1398,25 @@ def _save_constants(module: Any, state: dict[str, Any], prefix: str, _: Any) -> 
 
 
 def _load_constants(
-    module: Any, state: dict[str, Any], prefix: str, _: Any, strict: bool, missing: list[str], *__: Any
+    module: Any,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
     constants = state.pop(f"{prefix}constants", None)
     if constants is None:
         missing.append(f"{prefix}constants")
+        return
+    values = (getattr(module, name) for name in module.kept)
+    wanted = sum(len(v) if isinstance(v, tuple) else 1 for v in values)
+    if constants.numel() != wanted:
+        errors.append(
+            f"{prefix}constants: expected {wanted} ({', '.join(module.kept)}), got {constants.numel()}"
+        )
         return
     numbers = iter(constants.tolist())
     for name in module.kept:

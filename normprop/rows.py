@@ -171,17 +171,20 @@ def _along(numbers: Sequence[Numbers], counts: Sequence[int], like: Tensor) -> S
     """Factor, low and tilt: numbers if all layers have the same, else vectors over all rows."""
     if all(n == numbers[0] for n in numbers):
         return numbers[0]
-    make = _vectors if type(like) is Tensor else _vectors.__wrapped__  # a fake one is not kept
+    # Fake tensors, and those of a transform's level, must not outlive it.
+    passing = type(like) is not Tensor or in_forward_mode() or torch._C._functorch.peek_interpreter_stack()
+    make = _vectors.__wrapped__ if passing else _vectors
     return make(tuple(numbers), tuple(counts), like.device, like.dtype)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _vectors(
     numbers: tuple[Numbers, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):
-        rows = torch.tensor(numbers, dtype=dtype).repeat_interleave(torch.tensor(counts), 0)
-        return rows.T.contiguous().to(device).unbind(0)
+        rows = torch.tensor(numbers, dtype=dtype, device="cpu")
+        each = torch.cat([row.expand(count, 3) for row, count in zip(rows, counts, strict=True)])
+        return each.T.contiguous().to(device).unbind(0)
 
 
 def _moved(bias: Tensor, low: Any, tilt: Any) -> Tensor:
@@ -258,7 +261,7 @@ class _Scale(torch.autograd.Function):
         biases = len(result) - 2 - 2 * n
         counts = [len(gain) for gain in saved[n : 2 * n]]
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
-        if joined and not torch.is_grad_enabled() and all(g is not None for g in grads[: n + biases]):
+        if joined and not torch.is_grad_enabled() and kernels.readable(grads[: n + biases]):
             weights, gains, rest = saved[:n], saved[n : 2 * n], (saved[-2], saved[-1])
             given: Any = grads[:n], grads[n : n + biases], ctx.bias_dtype
             dws, dgs, dbs = kernels.pull_back(*recipe, weights, gains, *rest, *given)

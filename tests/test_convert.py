@@ -961,7 +961,7 @@ class RectifiedNet(nn.Module):
 
 def converted(monkeypatch, lightened, rule, drop=False):
     if not lightened:
-        monkeypatch.setattr(normprop.graph.rewrite, "lighten", lambda _: [])
+        monkeypatch.setattr(normprop.graph.rewrite, "lighten", lambda *_: [])
     torch.manual_seed(0)
     source = RectifiedNet(drop).double()
     torch.manual_seed(1)
@@ -1011,3 +1011,66 @@ def test_modules_of_two_graphs_keep_their_constants_apart(monkeypatch):
     kinds = [type(m).__name__ for m in converted(monkeypatch, True, normprop.PAPER, drop=True).modules()]
     assert "RectifiedSum" not in kinds
     assert "Standardize" in kinds
+
+
+class Read(RectifiedNet):
+    """Sums of branches of equal depth, one of which is a rectified sum itself; a layer's bias read apart."""
+
+    def __init__(self, hook="", read=False):
+        super().__init__()
+        self.again, self.other = (nn.Sequential(C(8, 8), B(8)) for _ in range(2))
+        self.read = read
+        if hook:
+            layer = self.get_submodule(hook.split()[0])
+            if hook.endswith("pre"):
+                layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2 + 1,))
+            else:
+                layer.register_forward_hook(lambda _, inputs, output: output * 2)
+
+    def forward(self, x):
+        x = F.relu(self.again(self.stem(x)) + self.other(self.stem(x)))
+        y = self.branches[0](x)
+        x = F.relu(x + self.other(y)) if not self.read else F.relu(x + y + self.branches[0][1].bias.mean())
+        return self.last(F.relu(self.branches[2](x) + self.shortcut(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        Read,
+        functools.partial(Read, read=True),
+        functools.partial(Read, "branches.2.1"),
+        functools.partial(Read, "branches.2.0.conv pre"),
+        functools.partial(Read, "shortcut.0 pre"),
+    ],
+)
+def test_what_others_read_or_change_stays_as_it_is(monkeypatch, build):
+    nets = []
+    for lightened in (True, False):
+        if not lightened:
+            monkeypatch.setattr(normprop.graph.rewrite, "lighten", lambda *_: [])
+        torch.manual_seed(0)
+        source = build().double()
+        torch.manual_seed(1)
+        nets.append(convert(source, normprop.RECOMMENDED, example=randn(2, 3, 12, 12)).model)
+    x = randn(4, 3, 12, 12, seed=5)
+    torch.testing.assert_close(nets[0](x), nets[1](x), rtol=1e-6, atol=1e-6)
+
+
+def test_constants_of_another_conversion_are_refused(monkeypatch):
+    one = converted(monkeypatch, True, normprop.PAPER)
+    state = one.state_dict()
+    name = next(key for key in state if key.endswith("constants"))
+    state[name] = torch.cat([state[name], state[name]])
+    with pytest.raises(RuntimeError, match=re.escape(f"{name}: expected")):
+        one.load_state_dict(state)
+
+
+def test_a_converted_part_of_what_is_converted(monkeypatch):
+    part = converted(monkeypatch, True, normprop.PAPER)
+    whole = nn.Sequential(OrderedDict(part=part, fc=nn.Linear(5, 4), bn=nn.BatchNorm1d(4), act=nn.ReLU()))
+    new = convert(whole.double(), example=randn(2, 3, 12, 12)).model
+    x = randn(4, 3, 12, 12, seed=5)
+    before = new(x)
+    new.load_state_dict(new.state_dict())
+    assert torch.equal(new(x), before)

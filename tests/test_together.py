@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.func import functional_call, grad, vmap
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
@@ -276,3 +277,30 @@ def test_projection_of_a_shared_weight():
     normprop.project_(together)
     rows = together.up.weight.unflatten(0, (3, -1)).transpose(1, 2).flatten(0, 1).flatten(1)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(6).double())
+
+
+def small():
+    net = nn.Sequential(
+        normprop.NormPropLinear(3, 4, activation="relu"), normprop.NormPropLinear(4, 2, activation=None)
+    )
+    modules.scale_together(net)
+    return net.double()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")  # of torch's own making
+def test_nothing_of_a_transform_outlives_it():
+    """Layers with different constants keep vectors of them; those made within a transform are not kept."""
+    net, x = small(), torch.randn(3).double()
+    alone = copy.deepcopy(net)
+    alone._forward_pre_hooks.clear()
+    for _ in range(2):
+        ours, theirs = (torch.func.jacfwd(torch.func.jacrev(m))(x) for m in (net, alone))
+        torch.testing.assert_close(ours, theirs)
+    net(x).sum().backward()
+
+
+def test_fake_tensors():
+    net = small()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert net(torch.empty(5, 3, dtype=torch.float64)).shape == (5, 2)
+    assert net(torch.randn(5, 3).double()).isfinite().all()

@@ -352,7 +352,8 @@ class Converter:
             )
         if graphs[True].code == graphs[False].code:
             del graphs[False]
-        built = [Rewriter(self, graph, prefix, inputs, len(graphs) == 1).run() for graph in graphs.values()]
+        alone = len(graphs) == 1 and not prefix  # a part's modules may be called by what is around it
+        built = [Rewriter(self, graph, prefix, inputs, alone).run() for graph in graphs.values()]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
         self.finish(result, part, prefix)
         return result

@@ -15,6 +15,7 @@ without normalisation does not make (docs/method.md, section 12).
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -34,21 +35,30 @@ class _Carried(NamedTuple):
     scale: float = 1.0
 
 
-def lighten(graph_module: fx.GraphModule) -> list[str]:
+def lighten(graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> list[str]:
     """Rewrite a converted graph in place, its layers' constants with it.
 
     Args:
-        graph_module: Each module's only graph.
+        graph_module: The only code that calls its modules.
+        made: What the conversion made; modules of others, and those with hooks, are left alone.
 
     Returns:
         Paths of sums that became :class:`~normprop.merges.RectifiedSum`.
     """
-    return _Lighter(graph_module).run()
+    return _Lighter(graph_module, made).run()
+
+
+def _hooked(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 class _Lighter:
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> None:
         self.graph_module, self.graph = graph_module, graph_module.graph
+        self.made = {id(module) for module in made if not _hooked(module)}
+        # What code reads beside calling it: layer.bias.
+        self.read = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
         self.modules = {
             node: graph_module.get_submodule(str(node.target))
             for node in self.graph.nodes
@@ -60,25 +70,30 @@ class _Lighter:
 
     def run(self) -> list[str]:
         for node, module in list(self.modules.items()):
-            if isinstance(module, merges.Standardize):
+            if isinstance(module, merges.Standardize) and self.own(node):
                 self.join_layer(node, module)
         self.joins = {
             node: after for node in self.graph.nodes if (after := self.rectified(node)) is not None
         }
         sums = [self.carry(node, after) for node, after in self.joins.items()]
         for node, module in list(self.modules.items()):
-            if isinstance(module, merges.Standardize) and module.mean == 0.0:
+            if isinstance(module, merges.Standardize) and module.mean == 0.0 and self.own(node):
                 self.join_readers(node, module)
         for module, names in self.kept.items():
             merges.keep_in_state_dict(module, *sorted(names))
         return sums
 
-    def layer(self, node: Any) -> Any:
-        """The NormProp layer that only this node calls, if it has values; else None."""
+    def own(self, node: Any) -> Any:
+        """The module of ours that only this node calls and nothing reads; None if there is none."""
         module = self.modules.get(node)
-        if not isinstance(module, modules._NormProp) or self.calls[id(module)] > 1 or module.weight.is_meta:
+        if module is None or id(module) not in self.made or str(node.target) in self.read:
             return None
-        return module
+        return module if self.calls[id(module)] == 1 else None
+
+    def layer(self, node: Any) -> Any:
+        """Likewise if it is a NormProp layer."""
+        module = self.own(node)
+        return module if isinstance(module, modules._NormProp) else None
 
     def remove(self, node: fx.Node, instead: fx.Node) -> None:
         node.replace_all_uses_with(instead)
@@ -113,15 +128,16 @@ class _Lighter:
 
     def rectified(self, node: fx.Node) -> fx.Node | None:
         """The ReLU that alone reads a sum of a trunk and a layer's output, if the two can be one."""
-        module = self.modules.get(node)
+        module = self.own(node)
         if type(module) is not merges.NormalizedAdd or module.weight is not None or module.drop_prob:
             return None
-        if len(node.args) != 2 or len(node.users) != 1 or self.calls[id(module)] > 1:
+        if len(node.args) != 2 or len(node.users) != 1 or node.args[0] is node.args[1]:
             return None
         (after,) = node.users
         phi = tracing.activation_of(after, self.modules.get(after))
-        hooked = after in self.modules and self.modules[after]._forward_hooks
-        return after if type(phi) is nn.ReLU and not hooked and self.linear(node.args[1], node) else None
+        if type(phi) is not nn.ReLU or (after in self.modules and _hooked(self.modules[after])):
+            return None
+        return after if self.linear(node.args[1], node) else None
 
     def linear(self, node: Any, reader: fx.Node) -> Any:
         """The layer without activation whose output only ``reader`` reads; None if it is none."""
@@ -135,9 +151,7 @@ class _Lighter:
         trunk, branch = node.args
         over_trunk, over_branch = module.factors
         before = self.carried.get(trunk, _Carried())  # type: ignore[arg-type]
-        entry = next(
-            (user for user in after.users if isinstance(self.modules.get(user), merges.Standardize)), None
-        )
+        entry = next((user for user in after.users if isinstance(self.own(user), merges.Standardize)), None)
         others = [user for user in after.users if user is not entry]
         free = all(
             user in self.joins and user.args[0] is after and user.args[1] is not after for user in others
@@ -165,7 +179,8 @@ class _Lighter:
         self.carried[node] = _Carried(mean, scale)
         if entry is not None and std is not None:
             reads.mean, reads.std = 0.0, std
-            if abs(std - 1) < 1e-12:
+            # A sum that reads it takes it as it is, not as what is carried.
+            if abs(std - 1) < 1e-12 and not any(user in self.joins for user in entry.users):
                 self.remove(entry, node)
         return str(node.target)
 

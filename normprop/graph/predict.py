@@ -221,6 +221,7 @@ class Walk:
 
     def _elementwise(self, node: fx.Node, module: nn.Module | None, source: fx.Node) -> Result:
         def step(values: Tensor) -> Tensor:
+            values = values.clone()  # it may work in place
             if module is not None:
                 exact = copy.deepcopy(module).to("cpu", torch.float64)
                 if not activations.is_learned(exact):

@@ -126,7 +126,7 @@ class _Chain:
 
 
 class Rewriter:
-    """Plans and rewrites one graph; ``alone`` if its modules have no other."""
+    """Plans and rewrites one graph; ``alone`` if no other code calls its modules."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Rewriter:
         else:
             self.rewrite_fresh(chains)
             if self.alone:
-                for path in lighten(self.graph_module):
+                for path in lighten(self.graph_module, self.owner.new.values()):
                     self.owner.became(self.path(path), "RectifiedSum")
             if self.flow.failure and self.flow.failure not in self.owner.report.notes:
                 self.owner.report.notes.append(self.flow.failure)
