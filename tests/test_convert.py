@@ -1074,3 +1074,18 @@ def test_a_converted_part_of_what_is_converted(monkeypatch):
     before = new(x)
     new.load_state_dict(new.state_dict())
     assert torch.equal(new(x), before)
+
+
+def test_an_activation_in_place_before_arithmetic():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.last = triple(C(3, 8), B(8)), C(8, 4)
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            x = self.act(F.max_pool2d(self.body(x), 2))
+            return self.last(x * 1.5 + torch.sin(x))
+
+    x = randn(2, 3, 8, 8)
+    assert convert(Net().double(), example=x).model(x).isfinite().all()
