@@ -365,11 +365,10 @@ class Arrangement:
     Attributes:
         groups: Which are scaled in one node.
         ready: What is known of each before.
-        lasting: Whether it holds for as long as :meth:`fits` says so.
+        lasting: Whether it holds for as long as the layers' :func:`signature` stays.
     """
 
     def __init__(self, layers: Sequence[Parameters]) -> None:
-        self.signatures = [_signature(layer) for layer in layers]
         self.ready: list[Ready] = []
         self.lasting = all(type(layer.weight) is nn.Parameter for layer in layers)
         together: dict[Any, list[int]] = {}
@@ -418,10 +417,6 @@ class Arrangement:
             for (centered, dtype, *_), members in together.items()
         ]
 
-    def fits(self, layers: Sequence[Parameters]) -> bool:
-        """Whether it is still that of these layers."""
-        return self.lasting and [_signature(layer) for layer in layers] == self.signatures
-
     def make(self) -> list[Ready]:
         """The maps, from the values as they are now."""
         ready = list(self.ready)
@@ -432,8 +427,8 @@ class Arrangement:
         return ready
 
 
-def _signature(layer: Parameters) -> tuple[Any, ...]:
-    """All that an arrangement follows from; it holds the tensors whose ids these are."""
+def signature(layer: Parameters) -> tuple[Any, ...]:
+    """All that an arrangement follows from; the arrangement holds the tensors whose ids these are."""
     weight, gain, bias, activation, *rest = layer
     tensors = (weight, gain) if bias is None else (weight, gain, bias)
     return (

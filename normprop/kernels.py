@@ -108,9 +108,16 @@ def _numbers(
     device: torch.device, numbers: tuple[tuple[float, float, float], ...], counts: tuple[int, ...]
 ) -> Tensor:
     """Of each row its layer's factor, low and tilt: shape (3, rows), float32."""
-    rows = torch.tensor(numbers, dtype=torch.float32, device="cpu")
-    each = torch.cat([row.expand(count, 3) for row, count in zip(rows, counts, strict=True)])
-    return _there(each.T.contiguous(), device)
+    return _there(by_row(numbers, counts, torch.float32), device)
+
+
+def by_row(
+    numbers: Sequence[tuple[float, float, float]], counts: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Each layer's three numbers for each of its rows: shape (3, rows), on the CPU."""
+    layers = torch.tensor(numbers, dtype=dtype, device="cpu")
+    each = [layer.expand(count, 3) for layer, count in zip(layers, counts, strict=True)]
+    return torch.cat(each).T.contiguous()
 
 
 def _there(tensor: Tensor, device: torch.device) -> Tensor:

@@ -1392,9 +1392,13 @@ def keep_in_state_dict(module: nn.Module, *names: str) -> None:
 
 
 def _save_constants(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
+    state[f"{prefix}constants"] = torch.tensor(_constants(module), dtype=torch.float64)
+
+
+def _constants(module: Any) -> list[float]:
+    """The numbers that go with the weights, one after another."""
     values = (getattr(module, name) for name in module.kept)
-    numbers = [number for v in values for number in (v if isinstance(v, tuple) else (v,))]
-    state[f"{prefix}constants"] = torch.tensor(numbers, dtype=torch.float64)
+    return [number for v in values for number in (v if isinstance(v, tuple) else (v,))]
 
 
 def _load_constants(
@@ -1411,8 +1415,7 @@ def _load_constants(
     if constants is None:
         missing.append(f"{prefix}constants")
         return
-    values = (getattr(module, name) for name in module.kept)
-    wanted = sum(len(v) if isinstance(v, tuple) else 1 for v in values)
+    wanted = len(_constants(module))
     if constants.numel() != wanted:
         errors.append(
             f"{prefix}constants: expected {wanted} ({', '.join(module.kept)}), got {constants.numel()}"

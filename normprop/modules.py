@@ -222,6 +222,7 @@ class _OpenShare:
 
     def __init__(self) -> None:
         self.arrangement: functional.Arrangement | None = None
+        self.signatures: list[tuple[Any, ...]] = []  # of the layers that it is for
 
     def __reduce__(self) -> Any:
         return _OpenShare, ()  # a copy of the model has other layers
@@ -238,8 +239,9 @@ class _OpenShare:
             # What hooks its own forward may change its parameters there.
             places += [m for m in place._modules.values() if m is not None and not m._forward_pre_hooks]
         layers = [module._parameters_now() for module in modules]
-        if self.arrangement is None or not self.arrangement.fits(layers):
-            self.arrangement = functional.Arrangement(layers)
+        signatures = [functional.signature(layer) for layer in layers]
+        if self.arrangement is None or signatures != self.signatures:
+            self.arrangement, self.signatures = functional.Arrangement(layers), signatures
         ready = self.arrangement.make()
         if not self.arrangement.lasting:
             self.arrangement = None

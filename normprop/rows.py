@@ -182,9 +182,7 @@ def _vectors(
     numbers: tuple[Numbers, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):
-        rows = torch.tensor(numbers, dtype=dtype, device="cpu")
-        each = torch.cat([row.expand(count, 3) for row, count in zip(rows, counts, strict=True)])
-        return each.T.contiguous().to(device).unbind(0)
+        return kernels.by_row(numbers, counts, dtype).to(device).unbind(0)
 
 
 def _moved(bias: Tensor, low: Any, tilt: Any) -> Tensor:

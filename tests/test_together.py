@@ -304,3 +304,45 @@ def test_fake_tensors():
     with FakeTensorMode(allow_non_fake_inputs=True):
         assert net(torch.empty(5, 3, dtype=torch.float64)).shape == (5, 2)
     assert net(torch.randn(5, 3).double()).isfinite().all()
+
+
+def replace_weight(layer):
+    torch.manual_seed(3)
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        replace_weight,
+        lambda layer: setattr(layer, "standard", (0.5, 2.0)),
+        lambda layer: setattr(layer, "factor", 3.0),
+        lambda layer: layer.requires_grad_(False),
+        lambda layer: layer.float().double(),
+    ],
+)
+def test_layers_that_change_between_forwards(change):
+    """How layers were arranged is remembered for the same layers alone."""
+    together, x = small(), torch.randn(5, 3).double()
+    alone = copy.deepcopy(together)
+    alone._forward_pre_hooks.clear()
+    assert_same(alone, together, x)
+    hook = next(iter(together._forward_pre_hooks.values()))
+    assert hook.arrangement is not None
+    for net in (alone, together):
+        change(net[0])
+    assert_same(alone, together, x)
+
+
+def test_autocast_that_changes_inside():
+    alone, together, x = pair(torch.float32)
+    for net in (alone, together):
+        middle = net.middle
+
+        def without(x, middle=middle):
+            with torch.autocast("cpu", enabled=False):
+                return middle(x.float())
+
+        net.middle = without
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(together(x), alone(x))
