@@ -37,6 +37,7 @@ from normprop.graph.convert import (
     convert as convert,
 )
 from normprop.graph.fold import FoldError as FoldError, fold as fold
+from normprop.graph.lighten import lighten as lighten
 from normprop.graph.predict import predict as predict
 from normprop.graph.trace import TraceError as TraceError
 from normprop.merges import (
@@ -58,6 +59,7 @@ from normprop.merges import (
     NormalizedMaxPool3d as NormalizedMaxPool3d,
     NormalizedUpsample as NormalizedUpsample,
     RectifiedSum as RectifiedSum,
+    ShiftedReLU as ShiftedReLU,
     Standardize as Standardize,
 )
 from normprop.modules import (

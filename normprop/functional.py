@@ -140,8 +140,8 @@ class _Rectify(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor, threshold: Tensor | float, slope: float) -> Tensor:
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode()):
+    def forward(y: Tensor, threshold: Tensor | float, slope: float, inplace: bool) -> Tensor:
+        if inplace and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode()):
             # A linear map's output, which nothing else has seen: nobody misses it, nobody kept it.
             # mark_dirty would say so, but neither vmap nor the compiler takes it.
             y = y.detach()
@@ -154,7 +154,7 @@ class _Rectify(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, threshold, ctx.slope = inputs
+        _, threshold, ctx.slope, _ = inputs
         ctx.threshold = None
         if isinstance(threshold, Tensor):
             ctx.save_for_backward(output, threshold)
@@ -163,7 +163,7 @@ class _Rectify(torch.autograd.Function):
             ctx.save_for_backward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         saved = ctx.saved_tensors  # checkpointing lets it be read once
         output = saved[0]
         threshold = saved[1] if ctx.threshold is None else ctx.threshold
@@ -174,28 +174,29 @@ class _Rectify(torch.autograd.Function):
         else:
             grad_y = torch.ops.aten.threshold_backward(grad, output, threshold)
         if not ctx.needs_input_grad[1]:
-            return grad_y, None, None
-        return grad_y, (grad - grad_y).sum_to_size(threshold.shape), None
+            return grad_y, None, None, None
+        return grad_y, (grad - grad_y).sum_to_size(threshold.shape), None, None
 
 
 _Rectify.forward.__signature__ = _Positional()  # type: ignore
 
 
-def rectify(y: Tensor, threshold: Number, slope: float = 0.0) -> Tensor:
-    """``y`` above the threshold, ``threshold + slope * (y - threshold)`` below. Overwrites ``y``.
+def rectify(y: Tensor, threshold: Number, slope: float = 0.0, inplace: bool = True) -> Tensor:
+    """``y`` above the threshold, ``threshold + slope * (y - threshold)`` below.
 
     Args:
-        y: Any shape; the output of a linear map that nothing else uses, not a leaf.
+        y: Any shape; with ``inplace`` the output of a linear map that nothing else uses, not a leaf.
         threshold: A number, or a tensor that is broadcastable to ``y``. It is rounded to ``y``'s dtype:
             a float32 tensor would turn a bfloat16 map into float32, and a number that is not a
             bfloat16 would compare wrongly with its own rounding.
         slope: In [0, 1]; 0 for ReLU.
+        inplace: Overwrite ``y``.
 
     Returns:
         Shape of ``y``.
     """
     threshold = threshold.to(y.dtype) if isinstance(threshold, Tensor) else _rounded(threshold, y.dtype)
-    return call(_Rectify, y, threshold, slope)
+    return call(_Rectify, y, threshold, slope, inplace)
 
 
 class _Affine(torch.autograd.Function):

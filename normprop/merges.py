@@ -1376,6 +1376,42 @@ class RectifiedSum(nn.Module):
         return f"ratio={self.ratio:.4g}, low={self.low:.4g}{std}"
 
 
+class ShiftedReLU(nn.Module):
+    """``max(x, low)``: a normalised ReLU that reads a trunk, in units in which that is all.
+
+    :func:`normprop.lighten` makes it of a :class:`~normprop.NormalizedActivation`, whose constants go into
+    the layers around (docs/method.md, section 12). For its backward it keeps its output alone.
+
+    Args:
+        low: What a raw value of 0 is in these units.
+
+    Shape:
+        Any.
+
+    Example:
+        >>> ShiftedReLU(-0.5)(torch.tensor([1.0, -1.0]))
+        tensor([ 1.0000, -0.5000])
+    """
+
+    def __init__(self, low: float = 0.0) -> None:
+        super().__init__()
+        self.low = low
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return F.threshold(x, self.low, self.low)
+        return rectify(x, self.low, inplace=False)
+
+    def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
+        """The signal above ``low``, and the share that passes."""
+        (signal,) = signals
+        result, slope = signal.apply(lambda u: u.clamp_min(self.low))
+        return result, (slope,)
+
+    def extra_repr(self) -> str:
+        return f"low={self.low:.4g}"
+
+
 def keep_in_state_dict(module: nn.Module, *names: str) -> None:
     """Numbers that were measured go with the weights: the state dict's ``constants``, float64.
 

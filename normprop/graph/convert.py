@@ -327,19 +327,9 @@ class Converter:
 
     def convert_part(self, part: nn.Module, prefix: str, example: Any) -> nn.Module:
         """A submodule as a graph; if its code cannot be followed, its children one by one."""
-        flags = {module: module.training for module in part.modules()}
         try:
-            graphs = {}
-            for mode in (True, False):
-                part.train(mode)
-                graphs[mode] = tracing.trace(part, example)
-                if lost := graphs[mode].meta["contexts"]:
-                    raise TraceError(f"its forward uses {' and '.join(lost)}, which a graph does not keep")
-                if example is None and graphs[mode].meta["iterated"]:
-                    raise TraceError("its forward goes through its input one by one; pass example=")
+            graphs = tracing.by_mode(part, example)
         except TraceError as error:
-            for module, flag in flags.items():
-                module.training = flag
             return self.convert_children(part, prefix, str(error), self.calls_within(part, example))
         inputs = None if self.preserve else calibration(part, example)
         part.eval()
@@ -350,8 +340,6 @@ class Converter:
                 + (f" (and {len(decided) - 1} more)" if len(decided) > 1 else "")
                 + ": the result is for sizes like the example's"
             )
-        if graphs[True].code == graphs[False].code:
-            del graphs[False]
         alone = len(graphs) == 1 and not prefix  # a part's modules may be called by what is around it
         built = [Rewriter(self, graph, prefix, inputs, alone).run() for graph in graphs.values()]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)

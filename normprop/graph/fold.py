@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from normprop import activations, functional, merges, modules
 from normprop.data_norm import DATA_NORMS, BatchDataNorm, WhiteningDataNorm
 from normprop.graph import trace as tracing
+from normprop.graph.lighten import lighten_
 from normprop.graph.trace import has, key, place, shape, tensor_inputs
 
 _LEAVES = ("normprop.modules", "normprop.data_norm")
@@ -73,7 +74,10 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
     twin = copy.deepcopy(model).eval()
     inputs = () if verify is None else tracing.as_inputs(verify, "verify")
     expected = twin(*(x.clone() for x in inputs)) if inputs else None
-    graph_module = tracing.trace(twin, verify, _LEAVES)
+    light = tracing.trace(twin, verify)
+    lighten_(light, twin.modules())
+    light.recompile()
+    graph_module = tracing.trace(light, verify, _LEAVES)
     tracing.write_nothing_in_place(graph_module)
     folded = _Folder(graph_module).run()
     if inputs:

@@ -1,11 +1,12 @@
-r"""Affine maps by known constants move out of a converted graph's way, into the layers around them.
+r"""Affine maps by known constants move out of a graph's way, into the layers around them.
 
 ``Standardize`` behind a layer joins the layer's constants. A residual trunk
-:math:`r_{l+1} = \max(A r_l + B f_l, 0)`, read through :math:`(r - m)/s`, is carried as
-:math:`\hat r = (r - m)/k` instead:
+:math:`r_{l+1} = A r_l + B f_l`, with a ReLU behind the sum or not, whose readers see
+:math:`(\max(r, 0) - m)/s`, is carried as :math:`\hat r = (r - m)/k` instead:
 
-.. math:: \hat r_{l+1} = \max\Big(\frac{A k_l}{k_{l+1}} \hat r_l +
-    \Big[\frac{B}{k_{l+1}} f_l + \frac{A m_l - m_{l+1}}{k_{l+1}}\Big],\; -\frac{m_{l+1}}{k_{l+1}}\Big)
+.. math:: \hat r_{l+1} = \frac{A k_l}{k_{l+1}} \hat r_l +
+    \Big[\frac{B}{k_{l+1}} f_l + \frac{A m_l - m_{l+1}}{k_{l+1}}\Big],\quad
+    \frac{\max(r, 0) - m}{k} = \max\Big(\hat r,\; -\frac{m}{k}\Big)
 
 What stands in brackets belongs to the branch's last layer; with :math:`k_{l+1} = A k_l` the trunk is
 added as it is, and readers multiply their weights by k/s. No pass over a map is left that the network
@@ -14,15 +15,17 @@ without normalisation does not make (docs/method.md, section 12).
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from normprop import merges, modules
+from normprop import functional, merges, modules
 from normprop.graph import trace as tracing
-from normprop.graph.trace import place, tensor_inputs
+from normprop.graph.trace import TraceError, place, tensor_inputs
 
 # How far from 1 the std of a trunk may drift before it is multiplied back.
 _DRIFT = (0.8, 1.25)
@@ -35,15 +38,58 @@ class _Carried(NamedTuple):
     scale: float = 1.0
 
 
-def lighten(graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> list[str]:
-    """Rewrite a converted graph in place, its layers' constants with it.
+def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
+    """The same function with fewer passes over maps: known constants in the layers around.
+
+    For models that are written with NormProp's layers, sums and activations; what
+    :func:`~normprop.convert` and :func:`~normprop.fold` return is light already. Do it before an optimizer is made:
+    ``model`` is left untouched, and the result has parameters of its own, under the same names.
+
+    Args:
+        model: In it, residual sums (:class:`~normprop.NormalizedAdd` of a trunk and a layer's output, fixed weights)
+            whose readers are :class:`~normprop.NormalizedActivation` ("relu", without gain and bias) become plain sums.
+            Sums that are learned, of branches that are dropped, or that something else reads, stay.
+        example: An input, or a tuple of them, where the code looks at shapes.
+
+    Returns:
+        ``forward`` as one graph, with the model's module paths.
+
+    Raises:
+        TraceError: If torch.fx cannot follow the code, or training and eval take different ways through it.
+        TypeError: If ``model`` is no module.
+        ValueError: If ``model`` itself has hooks: a graph would lose them.
+
+    Example:
+        >>> net = nn.Sequential(modules.NormPropLinear(8, 4), merges.Standardize(0.0, 2.0))
+        >>> [type(m).__name__ for m in lighten(net).children()]
+        ['NormPropLinear']
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if _hooked(model):
+        raise ValueError("model has hooks, which its graph would lose: lighten it first, then register them")
+    twin = copy.deepcopy(model)
+    graphs = tracing.by_mode(twin, example)
+    if len(graphs) > 1:
+        raise TraceError("forward asks self.training: training and eval have no graph in common")
+    result = graphs[True]
+    lighten_(result, twin.modules())
+    result.graph.eliminate_dead_code()
+    result.delete_all_unused_submodules()
+    result.recompile()
+    result.training = model.training
+    return result
+
+
+def lighten_(graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> dict[str, str]:
+    """Rewrite a graph in place, its layers' constants with it.
 
     Args:
         graph_module: The only code that calls its modules.
-        made: What the conversion made; modules of others, and those with hooks, are left alone.
+        made: Modules that may change, if they are ours; those with hooks are left alone.
 
     Returns:
-        Paths of sums that became :class:`~normprop.merges.RectifiedSum`.
+        What stands at which path now, where that is of another kind.
     """
     return _Lighter(graph_module, made).run()
 
@@ -56,7 +102,7 @@ def _hooked(module: nn.Module) -> bool:
 class _Lighter:
     def __init__(self, graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> None:
         self.graph_module, self.graph = graph_module, graph_module.graph
-        self.made = {id(module) for module in made if not _hooked(module)}
+        self.made = {id(m) for m in made if type(m).__module__ in tracing.OURS and not _hooked(m)}
         # What code reads beside calling it: layer.bias.
         self.read = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
         self.modules = {
@@ -67,21 +113,28 @@ class _Lighter:
         self.calls = Counter(id(module) for module in self.modules.values())
         self.kept: dict[Any, set[str]] = defaultdict(set)
         self.carried: dict[fx.Node, _Carried] = {}
+        self.became: dict[str, str] = {}
 
-    def run(self) -> list[str]:
+    def run(self) -> dict[str, str]:
         for node, module in list(self.modules.items()):
             if isinstance(module, merges.Standardize) and self.own(node):
                 self.join_layer(node, module)
-        self.joins = {
-            node: after for node in self.graph.nodes if (after := self.rectified(node)) is not None
-        }
-        sums = [self.carry(node, after) for node, after in self.joins.items()]
+        # Sums that can be carried, and the map behind each that goes on as the trunk: its own or a ReLU's.
+        self.joins: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            if (trunk := self.trunk(node)) is not None:
+                self.joins[node] = trunk
+        for node in list(self.graph.nodes):
+            if node in self.joins:
+                self.carry(node, self.joins[node])
+            elif self.layer(node) is not None:
+                self.start(node)
         for node, module in list(self.modules.items()):
             if isinstance(module, merges.Standardize) and module.mean == 0.0 and self.own(node):
                 self.join_readers(node, module)
         for module, names in self.kept.items():
             merges.keep_in_state_dict(module, *sorted(names))
-        return sums
+        return self.became
 
     def own(self, node: Any) -> Any:
         """The module of ours that only this node calls and nothing reads; None if there is none."""
@@ -115,29 +168,60 @@ class _Lighter:
 
     def join_readers(self, node: fx.Node, module: merges.Standardize) -> None:
         """Into the weights of those that read it, if they are layers all."""
-        layers = [self.layer(user) for user in node.users]
-        if not all(
-            layer is not None and user.args[0] is node
-            for layer, user in zip(layers, node.users, strict=True)
-        ):
-            return
-        for layer in layers:
-            layer.factor /= module.std
-            self.kept[layer].add("factor")
-        self.remove(node, tensor_inputs(node)[0])
+        if self.layers_only(node):
+            self.divide(node, module.std)
+            self.remove(node, tensor_inputs(node)[0])
 
-    def rectified(self, node: fx.Node) -> fx.Node | None:
-        """The ReLU that alone reads a sum of a trunk and a layer's output, if the two can be one."""
+    def layers_only(self, node: fx.Node) -> bool:
+        """Whether all that reads a map are layers of ours."""
+        return all(self.layer(user) is not None and user.args[0] is node for user in node.users)
+
+    def divide(self, node: fx.Node, std: float) -> None:
+        """Its readers, layers all, divide what they read by ``std`` from now on."""
+        for user in node.users:
+            layer = self.layer(user)
+            layer.factor /= std
+            self.kept[layer].add("factor")
+
+    def trunk(self, node: fx.Node) -> fx.Node | None:
+        """Of a sum of a trunk and a layer's output: the map that goes on; None if it must stay as it is."""
         module = self.own(node)
         if type(module) is not merges.NormalizedAdd or module.weight is not None or module.drop_prob:
             return None
-        if len(node.args) != 2 or len(node.users) != 1 or node.args[0] is node.args[1]:
+        if len(node.args) != 2 or node.args[0] is node.args[1] or self.linear(node.args[1], node) is None:
+            return None
+        before: Any = node.args[0]
+        if self.rectifier(node) is not None or self.joins.get(before) is before:
+            return node
+        if len(node.users) != 1:
             return None
         (after,) = node.users
         phi = tracing.activation_of(after, self.modules.get(after))
         if type(phi) is not nn.ReLU or (after in self.modules and _hooked(self.modules[after])):
             return None
-        return after if self.linear(node.args[1], node) else None
+        return after
+
+    def rectifier(self, trunk: fx.Node) -> fx.Node | None:
+        """The normalised ReLU that reads a trunk for layers."""
+        for user in trunk.users:
+            module = self.own(user)
+            if isinstance(module, modules.NormalizedActivation) and self.layers_only(user):
+                fixed = module.gain is None and type(module.activation) is nn.ReLU
+                return user if fixed and module.rule.constants != "none" else None
+        return None
+
+    def entry(self, trunk: fx.Node, raw: bool) -> tuple[fx.Node, float, float] | None:
+        """What alone, but for sums that carry it on, reads a trunk; the mean and std that it takes out."""
+        if raw:
+            found = self.rectifier(trunk)
+        else:
+            found = next((u for u in trunk.users if isinstance(self.own(u), merges.Standardize)), None)
+        others = [user for user in trunk.users if user is not found]
+        free = all(u in self.joins and u.args[0] is trunk and u.args[1] is not trunk for u in others)
+        if found is None or not free:
+            return None
+        module: Any = self.modules[found]
+        return found, *(module.standard if raw else (module.mean, module.std))
 
     def linear(self, node: Any, reader: fx.Node) -> Any:
         """The layer without activation whose output only ``reader`` reads; None if it is none."""
@@ -145,44 +229,66 @@ class _Lighter:
         own = layer is not None and layer.activation is None and layer.bias is not None
         return layer if own and set(node.users) == {reader} else None
 
-    def carry(self, node: fx.Node, after: fx.Node) -> str:
-        """One module for a sum and its ReLU; what it carries."""
+    def start(self, node: fx.Node) -> None:
+        """A layer without activation that makes a trunk: it gives the map that is carried."""
+        layer, entry = self.layer(node), self.entry(node, True)
+        if entry is None or layer.activation is not None or layer.bias is None:
+            return
+        reader, mean, std = entry
+        self.multiply(layer, 1 / std, -mean / std)
+        self.carried[node] = _Carried(mean, std)
+        self.put(reader, merges.ShiftedReLU(-mean / std), "low")
+
+    def carry(self, node: fx.Node, trunk: fx.Node) -> None:
+        """A sum, and the ReLU behind it if ``trunk`` is one, of what is carried."""
         module: Any = self.modules[node]
-        trunk, branch = node.args
+        before, branch = node.args
         over_trunk, over_branch = module.factors
-        before = self.carried.get(trunk, _Carried())  # type: ignore[arg-type]
-        entry = next((user for user in after.users if isinstance(self.own(user), merges.Standardize)), None)
-        others = [user for user in after.users if user is not entry]
-        free = all(
-            user in self.joins and user.args[0] is after and user.args[1] is not after for user in others
-        )
-        mean, scale, std = 0.0, 1.0, None
-        shortcut = self.linear(trunk, node)
-        reads: Any = self.modules.get(entry)
-        if entry is not None and free:
-            mean, scale = reads.mean, over_trunk * before.scale
-            if shortcut is not None or not _DRIFT[0] <= reads.std / scale <= _DRIFT[1]:
-                scale = reads.std
-            std = reads.std / scale
-        ratio = over_trunk * before.scale / scale
+        held = self.carried.get(before, _Carried())  # type: ignore[arg-type]
+        raw, shortcut = trunk is node, self.linear(before, node)
+        reader, mean, scale, std = None, 0.0, 1.0, None
+        if (entry := self.entry(trunk, raw)) is not None:
+            reader, mean, whole = entry
+            scale = over_trunk * held.scale
+            if shortcut is not None or not _DRIFT[0] <= whole / scale <= _DRIFT[1]:
+                scale = whole
+            std = whole / scale
+        ratio = over_trunk * held.scale / scale
         if shortcut is not None:
             self.multiply(shortcut, ratio)
             ratio = 1.0
-        last = self.linear(branch, node)
-        self.multiply(last, over_branch / scale, (over_trunk * before.mean - mean) / scale)
-        total = merges.RectifiedSum(1.0 if abs(ratio - 1) < 1e-12 else ratio, -mean / scale, std)
-        merges.keep_in_state_dict(total, "ratio", "low", *(["std"] if std else []))
-        total.train(module.training)
-        place(self.graph_module, str(node.target), total)
-        self.modules[node] = total
-        self.remove(after, node)
-        self.carried[node] = _Carried(mean, scale)
-        if entry is not None and std is not None:
+        ratio = 1.0 if abs(ratio - 1) < 1e-12 else ratio
+        shift = (over_trunk * held.mean - mean) / scale
+        self.multiply(self.linear(branch, node), over_branch / scale, shift)
+        self.carried[trunk] = _Carried(mean, scale)
+        if raw:
+            length = math.hypot(ratio, 1.0)
+            total = merges.NormalizedAdd((ratio, 1.0), stds=(1 / length, 1 / length))
+            self.put(node, total, "initial", "stds")
+            if reader is not None and std is not None:
+                self.put(reader, merges.ShiftedReLU(-mean / scale), "low")
+                self.divide(reader, std)
+            return
+        names = ("ratio", "low", *(["std"] if std else []))
+        self.put(node, merges.RectifiedSum(ratio, -mean / scale, std), *names)
+        self.remove(trunk, node)
+        self.carried[node] = self.carried[trunk]
+        if reader is not None and std is not None:
+            reads: Any = self.modules[reader]
             reads.mean, reads.std = 0.0, std
             # A sum that reads it takes it as it is, not as what is carried.
-            if abs(std - 1) < 1e-12 and not any(user in self.joins for user in entry.users):
-                self.remove(entry, node)
-        return str(node.target)
+            if abs(std - 1) < 1e-12 and not any(user in self.joins for user in reader.users):
+                self.remove(reader, node)
+
+    def put(self, node: fx.Node, module: nn.Module, *names: str) -> None:
+        """Another module in a node's place; the numbers that go with the weights."""
+        path = str(node.target)
+        merges.keep_in_state_dict(module, *names)
+        module.train(self.modules[node].training)
+        place(self.graph_module, path, module)
+        if type(module) is not type(self.modules[node]):
+            self.became[path] = type(module).__name__
+        self.modules[node] = module
 
     def multiply(self, layer: Any, factor: float, shift: float = 0.0) -> None:
         """``factor * output + shift`` is what the layer gives from now on."""

@@ -23,7 +23,7 @@ from normprop import activations, functional
 from normprop.data_norm import DATA_NORMS
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
-from normprop.merges import NormalizedAdd, RectifiedSum, Standardize
+from normprop.merges import NormalizedAdd, RectifiedSum, ShiftedReLU, Standardize
 from normprop.modules import NormalizedActivation
 from normprop.records import LAYOUT, Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes, with_slope
@@ -154,6 +154,8 @@ class Walk:
             signal, (above,) = self._through(total, lambda values: values.clamp_min(module.low))
             signal = signal if module.std is None else signal.standardized().affine(module.std)
             return signal, [lambda density, through=p: through(above(density)) for p in passes]
+        if isinstance(module, ShiftedReLU):
+            return self._through(first, lambda values: values.clamp_min(module.low))
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             return self._sum([self._signal(n) for n in inputs], module.factors)

@@ -16,7 +16,7 @@ from normprop import activations, functional, merges, modules
 from normprop.data_norm import DATA_NORMS, GlobalDataNorm
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
-from normprop.graph.lighten import lighten
+from normprop.graph.lighten import lighten_
 from normprop.graph.predict import Walk
 from normprop.graph.trace import below, has, key, place, shape, tensor_inputs
 
@@ -160,8 +160,8 @@ class Rewriter:
         else:
             self.rewrite_fresh(chains)
             if self.alone:
-                for path in lighten(self.graph_module, self.owner.new.values()):
-                    self.owner.became(self.path(path), "RectifiedSum")
+                for path, kind in lighten_(self.graph_module, self.owner.new.values()).items():
+                    self.owner.became(self.path(path), kind)
             if self.flow.failure and self.flow.failure not in self.owner.report.notes:
                 self.owner.report.notes.append(self.flow.failure)
         tracing.write_nothing_in_place(self.graph_module)

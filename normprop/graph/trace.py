@@ -316,6 +316,29 @@ def trace(
     return result
 
 
+def by_mode(model: nn.Module, example: Any = None) -> dict[bool, fx.GraphModule]:
+    """``model`` as a graph of training, and one of eval if that is another.
+
+    Raises:
+        TraceError: As :func:`trace`; also for code that a graph does not keep.
+    """
+    flags = {module: module.training for module in model.modules()}
+    graphs = {}
+    try:
+        for mode in (True, False):
+            graphs[mode] = trace(model.train(mode), example)
+            if lost := graphs[mode].meta["contexts"]:
+                raise TraceError(f"its forward uses {' and '.join(lost)}, which a graph does not keep")
+            if example is None and graphs[mode].meta["iterated"]:
+                raise TraceError("its forward goes through its input one by one; pass example=")
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if graphs[True].code == graphs[False].code:
+        del graphs[False]
+    return graphs
+
+
 def _defaults(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> dict[str, Any]:
     """Arguments that the example does not give, at their defaults."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]

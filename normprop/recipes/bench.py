@@ -84,14 +84,15 @@ class Case:
 
 
 def network(case: Case, norm: str) -> nn.Module:
-    """The case's model with a norm: a recipe, or another library's model as it is, bare, or converted.
+    """The case's model with a norm: a recipe (NormProp's lightened), or another library's as it is, bare, or converted.
 
     Raises:
         InputError: For an unknown model, or a norm that another library's model cannot be given.
     """
     if ":" not in case.model:
         shape = (3, case.image, case.image)
-        return build(case.model, shape, case.classes, norm, RULES[case.rule], case.width)
+        net = build(case.model, shape, case.classes, norm, RULES[case.rule], case.width)
+        return normprop.lighten(net) if norm == "normprop" else net
     source = load_model(case.model)
     if norm == "batch":
         return source
