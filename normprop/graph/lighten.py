@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from normprop import functional, merges, modules
+from normprop import merges, modules
 from normprop.graph import trace as tracing
 from normprop.graph.trace import TraceError, place, tensor_inputs
 
@@ -42,17 +42,21 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     """The same function with fewer passes over maps: known constants in the layers around.
 
     For models that are written with NormProp's layers, sums and activations; what
-    :func:`~normprop.convert` and :func:`~normprop.fold` return is light already. Do it before an optimizer is made:
-    ``model`` is left untouched, and the result has parameters of its own, under the same names.
+    :func:`~normprop.convert` and :func:`~normprop.fold` return is light already. Call it before an
+    optimizer is made: ``model`` is left untouched, the result has parameters of its own.
+
+    A :class:`~normprop.NormalizedAdd` of a trunk and a layer's output becomes a plain sum, a
+    :class:`~normprop.NormalizedActivation` ("relu", without gain and bias) that reads it for layers a
+    :class:`~normprop.ShiftedReLU`, and ``Standardize`` goes. Sums with learned weights or dropped
+    branches, what has hooks, and what other code reads, stay.
 
     Args:
-        model: In it, residual sums (:class:`~normprop.NormalizedAdd` of a trunk and a layer's output, fixed weights)
-            whose readers are :class:`~normprop.NormalizedActivation` ("relu", without gain and bias) become plain sums.
-            Sums that are learned, of branches that are dropped, or that something else reads, stay.
+        model: Is left untouched.
         example: An input, or a tuple of them, where the code looks at shapes.
 
     Returns:
-        ``forward`` as one graph, with the model's module paths.
+        ``forward`` as one graph, with the model's module paths. What was moved is in its state dict
+        (``constants``): the model's own does not load.
 
     Raises:
         TraceError: If torch.fx cannot follow the code, or training and eval take different ways through it.
@@ -67,7 +71,9 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     if _hooked(model):
-        raise ValueError("model has hooks, which its graph would lose: lighten it first, then register them")
+        raise ValueError(
+            "model has hooks, which its graph would lose: lighten it first, then register them"
+        )
     twin = copy.deepcopy(model)
     graphs = tracing.by_mode(twin, example)
     if len(graphs) > 1:

@@ -84,7 +84,7 @@ class Case:
 
 
 def network(case: Case, norm: str) -> nn.Module:
-    """The case's model with a norm: a recipe (NormProp's lightened), or another library's as it is, bare, or converted.
+    """The case's model with a norm: a recipe (lightened), or another library's as it is, bare, or converted.
 
     Raises:
         InputError: For an unknown model, or a norm that another library's model cannot be given.
