@@ -11,7 +11,7 @@ Read in this order:
     merges        what stands between layers
     data_norm     the data, normalised once
     projection    training aids
-    graph         whole networks: trace, predict, convert (with rewrite), fold
+    graph         whole networks: trace, predict, convert (with rewrite), lighten, fold
     records       what is known of each node: tables, figures, JSON
     diagnostics   the same, measured
     testing       the promises, as checks

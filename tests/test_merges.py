@@ -31,6 +31,7 @@ from normprop.merges import (
     NormalizedMaxPool3d,
     NormalizedUpsample,
     RectifiedSum,
+    ShiftedReLU,
     Standardize,
     max_constants,
 )
@@ -490,6 +491,7 @@ MODULES = {
     "gate": (lambda: NormalizedGate(), 2),
     "standardize": (lambda: Standardize(1.0, 2.0), 1),
     "rectified sum": (lambda: RectifiedSum(0.8, -0.3), 2),
+    "shifted relu": (lambda: ShiftedReLU(-0.3), 1),
 }
 modules = pytest.mark.parametrize(("build", "inputs"), MODULES.values(), ids=MODULES)
 SIZED = (NormalizedAdaptiveMaxPool2d,)
@@ -635,6 +637,7 @@ PROPAGATE = {
     "silu gate": (lambda: NormalizedGate("silu"), 2, 0.0),
     "standardize": (lambda: Standardize(-0.5, 2.0), 1, 0.0),
     "rectified sum": (lambda: RectifiedSum(0.8, -0.3), 2, 0.0),
+    "shifted relu": (lambda: ShiftedReLU(-0.3), 1, 0.0),
 }
 
 
@@ -709,3 +712,17 @@ def test_a_rectified_sum_is_a_sum_and_a_maximum(ratio):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_a_shifted_relu_is_a_maximum_that_leaves_its_input():
+    x = randn(4, 3).requires_grad_()
+    y = x * 1.0
+    before = y.detach().clone()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        ours = ShiftedReLU(-0.3)(y)
+    assert torch.equal(y, before)
+    assert torch.equal(ours, before.clamp_min(-0.3))
+    assert [t.data_ptr() for t in kept] == [ours.data_ptr()]  # its output alone
+    (gradient,) = torch.autograd.grad(ours.sum(), x)
+    assert torch.equal(gradient, (before > -0.3).to(x.dtype))
