@@ -167,5 +167,9 @@ def test_errors():
         lighten(Block("mode"))
     net = resnet()
     normprop.scale_together(net)
-    with pytest.raises(ValueError, match="lighten it first"):
+    with pytest.raises(ValueError, match="hook on 'model': lighten, then register it"):
+        lighten(net)
+    net = resnet()
+    net.stage1.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hook on 'stage1'"):
         lighten(net)

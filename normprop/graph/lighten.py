@@ -61,7 +61,7 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     Raises:
         TraceError: If torch.fx cannot follow the code, or training and eval take different ways through it.
         TypeError: If ``model`` is no module.
-        ValueError: If ``model`` itself has hooks: a graph would lose them.
+        ValueError: If a part has hooks that a graph would lose.
 
     Example:
         >>> net = nn.Sequential(modules.NormPropLinear(8, 4), merges.Standardize(0.0, 2.0))
@@ -70,15 +70,17 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if _hooked(model):
-        raise ValueError(
-            "model has hooks, which its graph would lose: lighten it first, then register them"
-        )
     twin = copy.deepcopy(model)
     graphs = tracing.by_mode(twin, example)
     if len(graphs) > 1:
         raise TraceError("forward asks self.training: training and eval have no graph in common")
     result = graphs[True]
+    called = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
+    for name, module in model.named_modules():
+        if _hooked(module) and name not in called:
+            raise ValueError(
+                f"a graph would lose the hook on '{name or 'model'}': lighten, then register it"
+            )
     lighten_(result, twin.modules())
     result.graph.eliminate_dead_code()
     result.delete_all_unused_submodules()
