@@ -41,9 +41,9 @@ class _Carried(NamedTuple):
 def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     """The same function with fewer passes over maps: known constants in the layers around.
 
-    For models that are written with NormProp's layers, sums and activations; what
-    :func:`~normprop.convert` and :func:`~normprop.fold` return is light already. Call it before an
-    optimizer is made: ``model`` is left untouched, the result has parameters of its own.
+    For models that are written with NormProp's layers, sums and activations; :func:`~normprop.fold`
+    does it by itself, and a fresh :func:`~normprop.convert` where one graph serves training and eval. Call it
+    before an optimizer is made: the result has parameters of its own.
 
     A :class:`~normprop.NormalizedAdd` of a trunk and a layer's output becomes a plain sum, a
     :class:`~normprop.NormalizedActivation` ("relu", without gain and bias) that reads it for layers a
