@@ -110,6 +110,7 @@ class _TrustRegion:
         self.model, self.radius = model, radius
         self.units: list[tuple[Any, dict[str, Tensor]]] = []
         self.before: list[dict[str, Tensor]] = []
+        self.kept: list[Tensor] = []
         self.joined: list[kernels.Units] = []  # instead, where kernels do it
 
     def _units(self) -> list[tuple[Any, dict[str, Tensor]]]:
@@ -154,7 +155,12 @@ class _TrustRegion:
         self.units = self._units()
         self.joined = self._join()
         if not self.joined:
-            self.before = [{name: p.detach().clone() for name, p in own.items()} for _, own in self.units]
+            now = [p.detach() for _, own in self.units for p in own.values()]
+            if [_layout(t) for t in self.kept] != [_layout(p) for p in now]:
+                self.kept = [torch.empty_like(p) for p in now]  # kept for all steps: fresh memory is slow
+            torch._foreach_copy_(self.kept, now)
+            copies = iter(self.kept)
+            self.before = [dict(zip(own, copies, strict=False)) for _, own in self.units]
 
     @torch.no_grad()
     def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -166,24 +172,25 @@ class _TrustRegion:
             self.units, self.joined = [], []
             return
         units, before, self.units, self.before = self.units, self.before, [], []
-        moves = [
-            {name: p.detach() - old[name] for name, p in own.items()}
-            for (_, own), old in zip(units, before, strict=True)
-        ]
         none = [torch.zeros_like(_wide(layer.gain.detach())) for layer, _ in units]
 
-        def joined(parts: list[dict[str, Tensor]], name: str, measure: Callable[..., Tensor]) -> Tensor:
-            """One number a unit, of all layers; 0 where a layer has no such parameter."""
-            each = zip(units, parts, none, strict=True)
+        def joined(name: str, measure: Callable[..., Tensor]) -> Tensor:
+            """One number a unit, of all layers, from what was and what is; 0 where there is no such parameter."""
+            each = zip(units, before, none, strict=True)
             return torch.cat(
-                [measure(layer, p[name]) if name in p else zero for (layer, _), p, zero in each]
+                [
+                    measure(layer, old[name], own[name]) if name in own else zero
+                    for (layer, own), old, zero in each
+                ]
             )
 
-        lengths = torch.threshold(joined(before, "weight", _row_lengths), 0.0, 1.0)
-        turn = joined(moves, "weight", _row_lengths) / lengths
-        change, shift = (joined(moves, name, lambda _, move: _wide(move)) for name in ("gain", "bias"))
+        lengths = torch.threshold(
+            joined("weight", lambda layer, old, _: _row_lengths(layer, old)), 0.0, 1.0
+        )
+        turn = joined("weight", _row_distances) / lengths
+        change, shift = (joined(name, lambda _, old, new: _wide(new - old)) for name in ("gain", "bias"))
         radius = self.radius * _annealed(optimizer)
-        gain = joined(before, "gain", lambda _, gain: _wide(gain)).abs()
+        gain = joined("gain", lambda _, old, __: _wide(old)).abs()
         gain += change.abs().clamp_max(radius)  # it will not grow by more than that
         size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
         factors = (radius / size.clamp_min(max(radius, 1e-30))).split([len(zero) for zero in none])
@@ -197,6 +204,10 @@ class _TrustRegion:
         project_(self.model)
 
 
+def _layout(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.stride(), x.dtype, x.device
+
+
 def _wide(x: Tensor) -> Tensor:
     """In at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -205,6 +216,16 @@ def _wide(x: Tensor) -> Tensor:
 def _row_lengths(layer: Any, weight: Tensor) -> Tensor:
     """Length of each of a weight's rows, shape (out,)."""
     return _norms([_rows(weight, (layer.transposed, layer.groups))])
+
+
+def _row_distances(layer: Any, old: Tensor, new: Tensor) -> Tensor:
+    """How far each row moved, shape (out,); in parts that a cache holds: fresh memory costs more than arithmetic."""
+    if layer.transposed:
+        return _row_lengths(layer, new - old)
+    rows = max(1, 2**18 // max(1, old[0].numel()))
+    return torch.cat(
+        [_row_lengths(layer, b - a) for a, b in zip(old.split(rows), new.split(rows), strict=True)]
+    )
 
 
 def _annealed(optimizer: torch.optim.Optimizer) -> float:

@@ -421,7 +421,9 @@ def project_rows_(
     rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
     means: list[Tensor] = []
     if centered:
-        rows, means = _center(rows)
+        means = [r.values.mean(r.dims, keepdim=True) for r in rows]
+        for r, mean in zip(rows, means, strict=True):
+            r.values.sub_(mean)
     norms = _norms(rows)
     # norms / norms.square() is 1 / norms, but NaN where a length overflowed.
     inverse = torch.where(
