@@ -223,11 +223,10 @@ class _Scale(torch.autograd.Function):
         lengths = _lengths(rows, means)
         factor, low, tilt = _along(recipe.numbers, counts, lengths)
         scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
-        scaled = [r.values * s for r, s in zip(rows, _split(scale, rows, gains), strict=True)]
-        scaled = [
-            _as(v.flatten(0, 1) if g[0] else v, recipe.dtype or w.dtype)
-            for v, g, w in zip(scaled, geometries, weights, strict=True)
-        ]
+        scaled = []
+        for r, s, g, w in zip(rows, _split(scale, rows, gains), geometries, weights, strict=True):
+            v = r.values * s
+            scaled.append(_as(v.flatten(0, 1) if g[0] else v, recipe.dtype or w.dtype))
         moved = []
         if biases:
             bias = _join(biases)
@@ -261,8 +260,8 @@ class _Scale(torch.autograd.Function):
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if joined and not torch.is_grad_enabled() and kernels.readable(grads[: n + biases]):
             weights, gains, rest = saved[:n], saved[n : 2 * n], (saved[-2], saved[-1])
-            given: Any = grads[:n], grads[n : n + biases], ctx.bias_dtype
-            dws, dgs, dbs = kernels.pull_back(*recipe, weights, gains, *rest, *given)
+            parts: Any = grads[:n], grads[n : n + biases], ctx.bias_dtype
+            dws, dgs, dbs = kernels.pull_back(*recipe, weights, gains, *rest, *parts)
             return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
         if here:
@@ -281,9 +280,9 @@ class _Scale(torch.autograd.Function):
             elif len(here) < n:
                 parts = lengths.split(counts)
                 lengths = _join([parts[i] for i in here])
-            gs = [_rows(grads[i], ctx.geometries[i]).values for i in here]  # type: ignore[arg-type]
+            given = [(grads[i], ctx.geometries[i]) for i in here]
             numbers = [recipe.numbers[i] for i in here]
-            found = _pull_back(recipe.centered, numbers, rows, gains, lengths, means, gs)
+            found = _pull_back(recipe.centered, numbers, rows, gains, lengths, means, given)
             for i, dw, dg in zip(here, *found, strict=True):
                 dw = dw.flatten(0, 1) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
@@ -309,12 +308,17 @@ def _pull_back(
     gains: Sequence[Tensor],
     lengths: Tensor,
     means: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[tuple[Any, Geometry]],
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Gradients of weights (as rows) and gains, see ``_Scale.backward``."""
-    dots = [(g * r.values).sum(r.dims, keepdim=centered) for g, r in zip(grads, rows, strict=True)]
+
+    def wide(grad: tuple[Any, Geometry]) -> Tensor:
+        """In at least float32, anew at each use: on a CPU fresh memory costs more than casting."""
+        return _rows(*grad).values
+
+    dots = [(wide(g) * r.values).sum(r.dims, keepdim=centered) for g, r in zip(grads, rows, strict=True)]
     if centered:
-        levels = [g.mean(r.dims, keepdim=True) for g, r in zip(grads, rows, strict=True)]
+        levels = [wide(g).mean(r.dims, keepdim=True) for g, r in zip(grads, rows, strict=True)]
         dots = [
             torch.addcmul(dot, level, m, value=-r.fan_in)
             for dot, level, m, r in zip(dots, levels, means, rows, strict=True)
@@ -325,7 +329,7 @@ def _pull_back(
     radial = _join(dots) / lengths
     pull = radial * scale / lengths
     result = [
-        torch.addcmul(g * s, r.values, p, value=-1.0)
+        torch.addcmul(wide(g) * s, r.values, p, value=-1.0)
         for g, r, s, p in zip(
             grads, rows, _split(scale, rows, gains), _split(pull, rows, gains), strict=True
         )
