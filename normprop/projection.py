@@ -39,7 +39,10 @@ def project_(model: nn.Module) -> None:
 
 
 def attach_projection(
-    optimizer: torch.optim.Optimizer, model: nn.Module, trust_radius: float | None = None
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    trust_radius: float | None = None,
+    orthogonal: bool = False,
 ) -> RemovableHandle | _Handle:
     r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
 
@@ -53,18 +56,25 @@ def attach_projection(
     (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
     one so far.
 
+    With ``orthogonal`` each weight's step W is replaced by the orthogonal matrix nearest to it, U V' of its
+    singular value decomposition U S V' (to the accuracy of five Newton-Schulz steps: singular values of .7
+    to 1.2; Jordan et al. 2024, "Muon"), at the radius: all directions of a layer's inputs are
+    learned at one pace, and rows do not turn the same way together. Trains faster than the plain step at some
+    cost in time (experiments/orthogonal). A radius of about 0.03 suits it.
+
     Args:
         optimizer: Any torch optimizer.
         model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
             of about 100 (experiments/LOG.md). None for no limit. It costs a copy of the weights.
+        orthogonal: Whether the weights' steps are made orthogonal; needs a trust radius. Use momentum.
 
     Returns:
         A handle; ``handle.remove()`` ends it.
 
     Raises:
         ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own
-            (pruned, parametrized), or the radius is not above 0.
+            (pruned, parametrized), or the radius is not above 0, or missing though steps are to be orthogonal.
         TypeError: If the optimizer takes no hooks.
 
     Example:
@@ -95,10 +105,12 @@ def attach_projection(
             "normprop.NormPropLinear, NormPropConv2d, ..."
         )
     if trust_radius is None:
+        if orthogonal:
+            raise ValueError("orthogonal steps have the length trust_radius, got None; 0.03 is a good start")
         return optimizer.register_step_post_hook(lambda *_: project_(model))
     if not 0 < trust_radius < math.inf:
         raise ValueError(f"trust_radius must be a number above 0, got {trust_radius}")
-    region = _TrustRegion(model, trust_radius)
+    region = _TrustRegion(model, trust_radius, orthogonal)
     before = optimizer.register_step_pre_hook(region.remember)
     return _Handle((before, optimizer.register_step_post_hook(region.restrain)))
 
@@ -106,8 +118,8 @@ def attach_projection(
 class _TrustRegion:
     """Where the units of a model may be after a step: around where they were before."""
 
-    def __init__(self, model: nn.Module, radius: float) -> None:
-        self.model, self.radius = model, radius
+    def __init__(self, model: nn.Module, radius: float, orthogonal: bool) -> None:
+        self.model, self.radius, self.orthogonal = model, radius, orthogonal
         self.units: list[tuple[Any, dict[str, Tensor]]] = []
         self.before: list[dict[str, Tensor]] = []
         self.kept: list[Tensor] = []
@@ -153,7 +165,7 @@ class _TrustRegion:
     def remember(self, *_: Any) -> None:
         """Before a step."""
         self.units = self._units()
-        self.joined = self._join()
+        self.joined = [] if self.orthogonal else self._join()
         if not self.joined:
             now = [p.detach() for _, own in self.units for p in own.values()]
             if [_layout(t) for t in self.kept] != [_layout(p) for p in now]:
@@ -172,6 +184,12 @@ class _TrustRegion:
             self.units, self.joined = [], []
             return
         units, before, self.units, self.before = self.units, self.before, [], []
+        radius = self.radius * _annealed(optimizer)
+        if self.orthogonal:
+            for (layer, own), old in zip(units, before, strict=True):
+                if "weight" in own:
+                    p, start = own["weight"].detach(), old["weight"]
+                    torch.add(start, _orthogonal(p - start, layer.transposed, layer.groups), alpha=radius, out=p)
         none = [torch.zeros_like(_wide(layer.gain.detach())) for layer, _ in units]
 
         def joined(name: str, measure: Callable[..., Tensor]) -> Tensor:
@@ -189,7 +207,6 @@ class _TrustRegion:
         )
         turn = joined("weight", _row_distances) / lengths
         change, shift = (joined(name, lambda _, old, new: _wide(new - old)) for name in ("gain", "bias"))
-        radius = self.radius * _annealed(optimizer)
         gain = joined("gain", lambda _, old, __: _wide(old)).abs()
         gain += change.abs().clamp_max(radius)  # it will not grow by more than that
         size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
@@ -202,6 +219,31 @@ class _TrustRegion:
                     share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
                 torch.lerp(start, end, share, out=end)
         project_(self.model)
+
+
+def _orthogonal(move: Tensor, transposed: bool, groups: int) -> Tensor:
+    r"""The (semi-)orthogonal matrix nearest to a weight's move, rows of length 1 in the root mean square.
+
+    Newton-Schulz steps :math:`X \leftarrow (aI + bXX' + c(XX')^2) X`, Jordan et al. (2024), with all but the
+    first and last product between matrices of the smaller side. A group is a matrix of its own.
+    """
+    view = row_view(move, transposed, groups)  # (groups, in, out, kernel) if transposed
+    rows = view.transpose(1, 2) if transposed else view.unflatten(0, (groups, -1))
+    x = _wide(rows.flatten(2))
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1.0)  # at least 1, unless nothing moves
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    square, power = x @ x.mT, identity
+    for _ in range(5):
+        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        square, power = factor @ square @ factor, factor @ power
+    x = power @ x
+    x = x.mT if tall else x
+    x = x * (math.sqrt(x.shape[1]) / x.norm(dim=(1, 2), keepdim=True).clamp_min(0.1))
+    x = x.reshape(rows.shape)
+    return (x.transpose(1, 2) if transposed else x).reshape(move.shape).to(move.dtype)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -39,6 +39,7 @@ BASE_LR = {"normprop": 0.05, "batch": 0.1, "group": 0.1, "layer": 0.1, "weight":
 # The recommended rule's: with a trust region the step size hardly matters any more.
 RECOMMENDED_LR = 0.4
 TRUST_RADIUS = 0.01
+ORTHOGONAL_RADIUS = 0.03
 EVALUATION_BATCH = 500
 
 
@@ -75,7 +76,9 @@ class Run:
             test images are then never looked at.
         activation: Of all hidden layers.
         trust_radius: For NormProp, of ``normprop.attach_projection``; 0 for no limit. None for
-            :data:`TRUST_RADIUS` with the recommended rule, less below batch 128, and no limit with the paper's.
+            :data:`TRUST_RADIUS` with the recommended rule (:data:`ORTHOGONAL_RADIUS` if orthogonal), less below
+            batch 128, and no limit with the paper's.
+        orthogonal: For NormProp, steps of ``normprop.attach_projection`` that are orthogonal.
     """
 
     model: str = "cnn"
@@ -96,6 +99,7 @@ class Run:
     validation: int = 0
     activation: str = "relu"
     trust_radius: float | None = None
+    orthogonal: bool = False
 
     @property
     def measures(self) -> str:
@@ -112,9 +116,9 @@ class Run:
         """The trust radius, asked for or by default: random steps add up as the root of their number."""
         if self.trust_radius is not None:
             return self.trust_radius or None
-        if (self.norm, self.rule) != ("normprop", "recommended"):
+        if (self.norm, self.rule) != ("normprop", "recommended") and not self.orthogonal:
             return None
-        return TRUST_RADIUS * math.sqrt(min(1.0, self.batch_size / 128))
+        return (ORTHOGONAL_RADIUS if self.orthogonal else TRUST_RADIUS) * math.sqrt(min(1.0, self.batch_size / 128))
 
     def __post_init__(self) -> None:
         for name, known in (("rule", RULES), ("data_norm", DATA_NORMS), ("precision", PRECISIONS)):
@@ -216,7 +220,7 @@ class _Classifier(pl.LightningModule):
         groups = normprop.param_groups(self.net, weight_decay=run.weight_decay)
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
         if run.norm == "normprop":
-            normprop.attach_projection(optimizer, self.net, run.peak_radius)
+            normprop.attach_projection(optimizer, self.net, run.peak_radius, run.orthogonal)
             normprop.scale_together(self.net)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
