@@ -189,6 +189,10 @@ if typer is not None:
                 help="NormProp's largest change of a unit in a step, 0 for any; 0.01 if recommended."
             ),
         ] = None,
+        orthogonal: Annotated[
+            bool,
+            typer.Option("--orthogonal", help="Make the weights' steps orthogonal (--trust-radius 0.02)."),
+        ] = False,
         devices: Annotated[str, typer.Option(help="How many, or auto.")] = "auto",
         nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,
         resume: Annotated[
@@ -227,6 +231,7 @@ if typer is not None:
             validation,
             activation,
             trust_radius,
+            orthogonal,
         )
         measured = run.measures.replace("_", " ")
         if devices != "auto" and not (devices.isdigit() and int(devices) > 0):

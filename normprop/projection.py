@@ -56,18 +56,16 @@ def attach_projection(
     (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
     one so far.
 
-    With ``orthogonal`` each weight's step W is replaced by the orthogonal matrix nearest to it, U V' of its
-    singular value decomposition U S V' (to the accuracy of five Newton-Schulz steps: singular values of .7
-    to 1.2; Jordan et al. 2024, "Muon"), at the radius: all directions of a layer's inputs are
-    learned at one pace, and rows do not turn the same way together. Trains faster than the plain step at some
-    cost in time (experiments/orthogonal). A radius of about 0.03 suits it.
+    With ``orthogonal`` the step of each NormProp weight becomes :func:`orthogonal`, rows of the radius' length: all
+    directions of a layer's inputs are learned at one pace, and rows do not turn the same way together. More
+    accurate at equal epochs, at some cost in time (experiments/beyond; docs/method.md, section 7).
 
     Args:
         optimizer: Any torch optimizer.
         model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
-            of about 100 (experiments/LOG.md). None for no limit. It costs a copy of the weights.
-        orthogonal: Whether the weights' steps are made orthogonal; needs a trust radius. Use momentum.
+            of about 100, 0.02 if orthogonal (experiments/LOG.md). None for no limit. It costs a copy of the weights.
+        orthogonal: Make the weights' steps orthogonal; needs a trust radius, and an optimizer with momentum.
 
     Returns:
         A handle; ``handle.remove()`` ends it.
@@ -106,7 +104,9 @@ def attach_projection(
         )
     if trust_radius is None:
         if orthogonal:
-            raise ValueError("orthogonal steps have the length trust_radius, got None; 0.03 is a good start")
+            raise ValueError(
+                "orthogonal steps have the length trust_radius, got None; 0.02 suits batches of about 100"
+            )
         return optimizer.register_step_post_hook(lambda *_: project_(model))
     if not 0 < trust_radius < math.inf:
         raise ValueError(f"trust_radius must be a number above 0, got {trust_radius}")
@@ -178,18 +178,20 @@ class _TrustRegion:
     def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """After a step: updates scaled down to the radius, rows put back to unit length."""
         if self.joined:
-            radius = self.radius * _annealed(optimizer)
+            radius = self.radius * annealed(optimizer)
             for kind in self.joined:
                 kind.restrain_(radius)
             self.units, self.joined = [], []
             return
         units, before, self.units, self.before = self.units, self.before, [], []
-        radius = self.radius * _annealed(optimizer)
+        radius = self.radius * annealed(optimizer)
         if self.orthogonal:
             for (layer, own), old in zip(units, before, strict=True):
                 if "weight" in own:
                     p, start = own["weight"].detach(), old["weight"]
-                    torch.add(start, _orthogonal(p - start, layer.transposed, layer.groups), alpha=radius, out=p)
+                    torch.add(
+                        start, orthogonal(p - start, layer.transposed, layer.groups), alpha=radius, out=p
+                    )
         none = [torch.zeros_like(_wide(layer.gain.detach())) for layer, _ in units]
 
         def joined(name: str, measure: Callable[..., Tensor]) -> Tensor:
@@ -221,31 +223,6 @@ class _TrustRegion:
         project_(self.model)
 
 
-def _orthogonal(move: Tensor, transposed: bool, groups: int) -> Tensor:
-    r"""The (semi-)orthogonal matrix nearest to a weight's move, rows of length 1 in the root mean square.
-
-    Newton-Schulz steps :math:`X \leftarrow (aI + bXX' + c(XX')^2) X`, Jordan et al. (2024), with all but the
-    first and last product between matrices of the smaller side. A group is a matrix of its own.
-    """
-    view = row_view(move, transposed, groups)  # (groups, in, out, kernel) if transposed
-    rows = view.transpose(1, 2) if transposed else view.unflatten(0, (groups, -1))
-    x = _wide(rows.flatten(2))
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1.0)  # at least 1, unless nothing moves
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    square, power = x @ x.mT, identity
-    for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
-        square, power = factor @ square @ factor, factor @ power
-    x = power @ x
-    x = x.mT if tall else x
-    x = x * (math.sqrt(x.shape[1]) / x.norm(dim=(1, 2), keepdim=True).clamp_min(0.1))
-    x = x.reshape(rows.shape)
-    return (x.transpose(1, 2) if transposed else x).reshape(move.shape).to(move.dtype)
-
-
 def _layout(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.dtype, x.device
 
@@ -270,12 +247,55 @@ def _row_distances(layer: Any, old: Tensor, new: Tensor) -> Tensor:
     )
 
 
-def _annealed(optimizer: torch.optim.Optimizer) -> float:
+def annealed(optimizer: torch.optim.Optimizer) -> float:
     """The learning rate as a share of the largest so far, which the optimizer's state keeps for a resumed run."""
     groups = optimizer.param_groups
     rate = max(float(group["lr"]) for group in groups)
     groups[0]["largest_lr"] = largest = max(rate, groups[0].get("largest_lr", 0.0))
     return rate / largest if largest > 0 else 1.0
+
+
+def orthogonal(step: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
+    r"""The (semi-)orthogonal matrix nearest to a weight's step, scaled to rows of length 1.
+
+    .. math:: W = USV' \mapsto UV', \qquad X_0 = W/\lVert W\rVert_F, \quad
+        X_{k+1} = (aI + bX_kX_k' + c(X_kX_k')^2)\, X_k
+
+    Source: Jordan et al. (2024), "Muon", with their a, b, c; five iterations bring singular values of at least
+    0.01 of the length to between 0.7 and 1.2. All products but the first and last are of the smaller side's
+    size. The rows' length is the root mean square over them.
+
+    Args:
+        step: Shape as a weight's: ``(out, in/groups, *kernel)``; transposed: ``(in, out/groups, *kernel)``. A group
+            is a matrix of its own, ``(out/groups, in/groups * prod(kernel))``.
+        transposed: Whether the weight is stored as ``nn.ConvTranspose`` stores it.
+        groups: Groups of the convolution.
+
+    Returns:
+        Same shape and dtype; zeros if the step is.
+
+    Example:
+        >>> orthogonal(torch.tensor([[3.0, 0.0], [0.0, 0.1]])).round(decimals=1)
+        tensor([[0.7000, 0.0000],
+                [0.0000, 1.2000]])
+    """
+    view = row_view(step, transposed, groups)  # (groups, in, out, kernel) if transposed
+    rows = view.transpose(1, 2) if transposed else view.unflatten(0, (groups, -1))
+    x = _wide(rows.flatten(2))
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1.0)  # at least 1, unless nothing steps
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    square, power = x @ x.mT, identity
+    for _ in range(5):
+        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+        square, power = factor @ square @ factor, factor @ power
+    x = power @ x
+    x = x.mT if tall else x
+    x = x * (math.sqrt(x.shape[1]) / x.norm(dim=(1, 2), keepdim=True).clamp_min(0.1))
+    x = x.reshape(rows.shape)
+    return (x.transpose(1, 2) if transposed else x).reshape(step.shape).to(step.dtype)
 
 
 def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from torch.nn.utils import prune
 
 import normprop
 from normprop import NormRule
+from normprop.projection import orthogonal
 
 LAYERS = {
     "linear": lambda rule: normprop.NormPropLinear(6, 4, rule=rule),
@@ -369,6 +370,128 @@ def test_trust_region_takes_shared_weights_missing_biases_and_can_be_removed():
     assert step() < 0.0101 / 0.8  # the first layer's gain is 1/jacobian, about 0.83
     handle.remove()
     assert step() > 0.1
+
+
+def test_trust_region_of_a_weight_that_is_measured_in_parts():
+    torch.manual_seed(0)
+    layer = normprop.NormPropLinear(2**17, 5)
+    normprop.project_(layer)
+    opt = torch.optim.SGD(layer.parameters(), lr=100.0)
+    normprop.attach_projection(opt, layer, trust_radius=0.02)
+    before = copy.deepcopy(layer.state_dict())
+    layer(torch.randn(2, 2**17)).square().mean().backward()
+    opt.step()
+    assert 0.01 < max(change(layer, before, layer.state_dict())) < 0.0201
+
+
+def test_trust_region_copies_anew_when_a_dtype_changes_between_steps():
+    torch.manual_seed(0)
+    layer = normprop.NormPropLinear(6, 4)
+    opt = torch.optim.SGD(layer.parameters(), lr=100.0)
+    normprop.attach_projection(opt, layer, trust_radius=0.02)
+    for dtype in (torch.float32, torch.float64):
+        layer.to(dtype)
+        before = copy.deepcopy(layer.state_dict())
+        layer.zero_grad()
+        layer(torch.randn(5, 6, dtype=dtype)).square().mean().backward()
+        opt.step()
+        assert 0.01 < max(change(layer, before, layer.state_dict())) < 0.0201
+
+
+def matrices(weight, layer):
+    """A layer's weight (or step) as one matrix a group, gathered unit by unit."""
+    groups = getattr(layer, "groups", 1)
+    if not layer.transposed:
+        return [part.flatten(1) for part in weight.chunk(groups)]
+    return [
+        torch.stack([part[:, o].flatten() for o in range(part.shape[1])]) for part in weight.chunk(groups)
+    ]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_orthogonal_keeps_singular_vectors_and_levels_singular_values(kind):
+    torch.manual_seed(0)
+    layer = LAYERS[kind](normprop.PAPER).double()
+    step = torch.randn_like(layer.weight).detach() * 1e-9
+    result = orthogonal(step, layer.transposed, getattr(layer, "groups", 1))
+    assert (result.shape, result.dtype) == (step.shape, step.dtype)
+    for before, after in zip(matrices(step, layer), matrices(result, layer), strict=True):
+        u, _, v = torch.linalg.svd(before, full_matrices=False)
+        values = u.mT @ after @ v.mT
+        assert (values - values.diag().diag()).abs().max() < 1e-9 * values.max()
+        assert values.diag().max() < 1.8 * values.diag().min()
+        torch.testing.assert_close(after.square().sum(), torch.tensor(float(len(after))).double())
+
+
+def test_orthogonal_of_extremes():
+    torch.manual_seed(0)
+    step = torch.randn(4, 6)
+    for scale in (1e-37, 1e30):
+        torch.testing.assert_close(orthogonal(step * scale), orthogonal(step), rtol=1e-3, atol=1e-4)
+    assert not orthogonal(torch.zeros(4, 6)).any()
+    assert orthogonal(step * float("nan")).isnan().all()
+    one = orthogonal(torch.outer(step[:, 0], step[0]))  # rank 1
+    torch.testing.assert_close(one.norm(), torch.tensor(2.0))
+    torch.testing.assert_close(torch.linalg.matrix_norm(one, 2), torch.tensor(2.0), rtol=1e-3, atol=0)
+    assert orthogonal(torch.randn(5, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED], ids=["paper", "recommended"])
+def test_orthogonal_steps_are_the_optimizers_made_orthogonal(kind, optimizer, rule):
+    """Against the same step made without the aid, orthogonalised by a singular value decomposition."""
+    torch.manual_seed(0)
+    layer = LAYERS[kind](rule).double()
+    normprop.project_(layer)
+    plain = copy.deepcopy(layer)
+    x = torch.randn(5, 6, *[6] * (layer.weight.ndim - 2), dtype=torch.float64)
+    before = layer.weight.detach().clone()
+    aided = optimizer([layer.weight])
+    normprop.attach_projection(aided, layer, trust_radius=0.02, orthogonal=True)
+    for model, opt in ((layer, aided), (plain, optimizer([plain.weight]))):
+        model(x).square().mean().backward()
+        opt.step()
+    assert_unit(layer.float())
+    for step, move, old in zip(
+        *(
+            matrices(t, layer)
+            for t in (plain.weight.detach() - before, layer.weight.detach() - before, before)
+        ),
+        strict=True,
+    ):
+        u, s, v = torch.linalg.svd(step, full_matrices=False)
+        rank = int((s > 1e-3 * s[0]).sum())
+        wanted = u[:, :rank] @ v[:rank]
+        wanted = wanted - old * (wanted * old).sum(1, keepdim=True)  # on the sphere
+        cosine = (wanted * move).sum() / wanted.norm() / move.norm()
+        assert cosine > 0.9  # singular values of .7 to 1.2, and rows longer than the radius cut to it
+        assert 0.01 < move.norm(dim=1).max() < 0.0201 / 0.8  # the gain is at least 1/jacobian, about 0.83
+
+
+def test_orthogonal_steps_do_not_depend_on_the_learning_rate_and_fall_with_it():
+    def moved(lr, last):
+        torch.manual_seed(0)
+        layer = normprop.NormPropLinear(6, 4)
+        opt = torch.optim.SGD([layer.weight], lr=lr)
+        normprop.attach_projection(opt, layer, 0.02, orthogonal=True)
+        opt.param_groups[0]["largest_lr"] = lr
+        opt.param_groups[0]["lr"] = last
+        before = layer.weight.detach().clone()
+        layer(torch.randn(8, 6)).square().mean().backward()
+        opt.step()
+        return (layer.weight - before).detach()
+
+    torch.testing.assert_close(moved(1e-3, 1e-3), moved(1e3, 1e3), rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(moved(0.1, 0.05) * 2, moved(0.1, 0.1), rtol=0.05, atol=2e-4)
+    assert not moved(0.1, 0.0).abs().max() > 1e-6
+
+
+def test_orthogonal_steps_need_a_radius():
+    layer = normprop.NormPropLinear(3, 2)
+    opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="orthogonal steps have the length trust_radius, got None"):
+        normprop.attach_projection(opt, layer, orthogonal=True)
 
 
 def test_a_gradient_that_is_no_number_is_not_hidden():

@@ -534,5 +534,10 @@ def test_the_trust_radius_follows_rule_and_batch_size():
     assert Run(batch_size=32).peak_radius == pytest.approx(0.005)
     assert Run(trust_radius=0.0).peak_radius is None
     assert Run(rule="paper", trust_radius=0.02, batch_size=1).peak_radius == 0.02
+    assert Run(orthogonal=True).peak_radius == Run(orthogonal=True, norm="batch").peak_radius == 0.02
+    with pytest.raises(InputError, match="--orthogonal steps have the length --trust-radius, got 0"):
+        Run(orthogonal=True, trust_radius=0.0)
+    with pytest.raises(InputError, match="the weights of --norm weight are no parameters"):
+        Run(orthogonal=True, norm="weight")
     with pytest.raises(InputError, match="--trust-radius -1: expected a number of at least 0"):
         Run(trust_radius=-1)

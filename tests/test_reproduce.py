@@ -108,9 +108,9 @@ def test_beyond_tests_at_the_step_size_that_did_best_on_held_out_images(tmp_path
     result = reproduce("beyond", out=tmp_path, **DIGITS)
     final = [row for row in result["rows"] if row["stage"] == "final"]
     assert {(row["label"], row["model"]) for row in final} == {
-        (f"{label}{data}", model)
+        (f"{label}{aid}", model)
         for label in ("normprop, recommended", "batch")
-        for data in ("", ", whitened")
+        for aid in ("", ", whitened", ", orthogonal")
         for model in ("cnn", "resnet20")
     }
     for row in final:

@@ -22,14 +22,16 @@ from normprop.recipes.train import Observe, Run, default_lr
 
 Row = dict[str, Any]
 
-VARIANTS: dict[str, dict[str, str]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "normprop, paper": {"norm": "normprop", "rule": "paper"},
     "normprop, recommended": {"norm": "normprop", "rule": "recommended"},
     **{norm: {"norm": norm} for norm in NORMS if norm != "normprop"},
 }
-WHITENED = {
-    f"{name}, whitened": VARIANTS[name] | {"data_norm": "whitening"}
-    for name in ("normprop, recommended", "batch")
+RIVALS = ("normprop, recommended", "batch")
+AIDED: dict[str, dict[str, Any]] = {
+    f"{name}, {aid}": VARIANTS[name] | change
+    for aid, change in (("whitened", {"data_norm": "whitening"}), ("orthogonal", {"orthogonal": True}))
+    for name in RIVALS
 }
 NORMPROP = ("normprop, paper", "normprop, recommended")
 BATCH_SIZES = (1, 2, 4, 8, 16, 50, 100, 250)
@@ -76,8 +78,8 @@ class Protocol:
         return 0.08 if run.batch_size >= 100 else 0.05 * min(1.0, run.batch_size / 50)
 
     def run(self, variant: str, **changes: Any) -> Run:
-        """The base with ``changes``, a variant's norm, rule and data norm, its step size and trust radius."""
-        run = replace(self.base, **(changes | (VARIANTS | WHITENED)[variant]))
+        """The base with ``changes``, a variant's norm, rule and aid, its step size and trust radius."""
+        run = replace(self.base, **(changes | (VARIANTS | AIDED)[variant]))
         if run.peak_radius is not None:
             run = replace(run, trust_radius=run.peak_radius)
         return run if "lr" in changes else replace(run, lr=self.lr(run))
@@ -216,7 +218,7 @@ def _step_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]
 
 def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     """First a step size for each model and norm, on held-out training images; then the runs that count."""
-    variants = ("normprop, recommended", "batch", *WHITENED)
+    variants = (*RIVALS, *AIDED)
     models: list[dict[str, Any]] = [
         {"model": protocol.base.model, "width": protocol.base.width},
         {"model": "resnet20", "width": 1.0},

@@ -23,6 +23,8 @@ VARIANT_COLORS = {
     "normprop, paper": "#5b1a2e",
     "normprop, recommended, whitened": "#e8743b",
     "batch, whitened": "#56b4e9",
+    "normprop, recommended, orthogonal": "#7b2cbf",
+    "batch, orthogonal": "#2d6a4f",
 }
 # Test error in percent, by data set and flips: Arpit et al. 2016, table 1.
 PAPER_ERRORS = {

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import normprop
+from normprop.projection import annealed, orthogonal
 from normprop.recipes import InputError
 from normprop.recipes.data import Batches, ImageData, subset
 from normprop.recipes.hidden import observe_hidden
@@ -39,7 +40,7 @@ BASE_LR = {"normprop": 0.05, "batch": 0.1, "group": 0.1, "layer": 0.1, "weight":
 # The recommended rule's: with a trust region the step size hardly matters any more.
 RECOMMENDED_LR = 0.4
 TRUST_RADIUS = 0.01
-ORTHOGONAL_RADIUS = 0.03
+ORTHOGONAL_RADIUS = 0.02
 EVALUATION_BATCH = 500
 
 
@@ -78,7 +79,8 @@ class Run:
         trust_radius: For NormProp, of ``normprop.attach_projection``; 0 for no limit. None for
             :data:`TRUST_RADIUS` with the recommended rule (:data:`ORTHOGONAL_RADIUS` if orthogonal), less below
             batch 128, and no limit with the paper's.
-        orthogonal: For NormProp, steps of ``normprop.attach_projection`` that are orthogonal.
+        orthogonal: Steps of the weights that are orthogonal (``normprop.attach_projection``); with another
+            norm the same, relative to the length of their rows.
     """
 
     model: str = "cnn"
@@ -118,7 +120,9 @@ class Run:
             return self.trust_radius or None
         if (self.norm, self.rule) != ("normprop", "recommended") and not self.orthogonal:
             return None
-        return (ORTHOGONAL_RADIUS if self.orthogonal else TRUST_RADIUS) * math.sqrt(min(1.0, self.batch_size / 128))
+        return (ORTHOGONAL_RADIUS if self.orthogonal else TRUST_RADIUS) * math.sqrt(
+            min(1.0, self.batch_size / 128)
+        )
 
     def __post_init__(self) -> None:
         for name, known in (("rule", RULES), ("data_norm", DATA_NORMS), ("precision", PRECISIONS)):
@@ -135,6 +139,14 @@ class Run:
         if self.trust_radius is not None and not 0 <= self.trust_radius < math.inf:
             raise InputError(
                 f"--trust-radius {self.trust_radius}: expected a number of at least 0 (no limit)"
+            )
+        if self.orthogonal and self.trust_radius == 0:
+            raise InputError(
+                "--orthogonal steps have the length --trust-radius, got 0; leave that out for the default"
+            )
+        if self.orthogonal and self.norm == "weight":
+            raise InputError(
+                "--orthogonal: the weights of --norm weight are no parameters; use --norm normprop"
             )
         if not 0 <= self.weight_decay < math.inf:
             raise InputError(f"--weight-decay {self.weight_decay}: expected a number of at least 0")
@@ -222,6 +234,8 @@ class _Classifier(pl.LightningModule):
         if run.norm == "normprop":
             normprop.attach_projection(optimizer, self.net, run.peak_radius, run.orthogonal)
             normprop.scale_together(self.net)
+        elif run.orthogonal:
+            _make_orthogonal(optimizer, self.net, run.peak_radius)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
         if run.halve_every is None:
@@ -299,6 +313,26 @@ class _Classifier(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.history = checkpoint["normprop"]["history"]
+
+
+def _make_orthogonal(optimizer: torch.optim.Optimizer, net: nn.Module, radius: float | None) -> None:
+    """The aid that NormProp's weights have, for those of torch's layers: steps relative to their rows' length."""
+    weights = [layer.weight for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    before = [torch.empty_like(weight) for weight in weights]
+
+    @torch.no_grad()
+    def remember(*_: Any) -> None:
+        torch._foreach_copy_(before, weights)
+
+    @torch.no_grad()
+    def replace_steps(*_: Any) -> None:
+        share = (radius or 0.0) * annealed(optimizer)
+        for weight, old in zip(weights, before, strict=True):
+            length = share * float(old.norm()) / math.sqrt(len(old))
+            weight.copy_(old + length * orthogonal(weight - old))
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(replace_steps)
 
 
 class _Data(pl.LightningDataModule):
