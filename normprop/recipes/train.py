@@ -210,7 +210,7 @@ class _Diverged(Exception):
 
 
 class _Classifier(pl.LightningModule):
-    """Cross-entropy, SGD with momentum 0.9; NormProp's rows projected every step."""
+    """Cross-entropy, SGD with momentum 0.9 (Nesterov if orthogonal); NormProp's rows projected every step."""
 
     def __init__(
         self, run: Run, dataset: str, net: nn.Module, observe: Callable[[], dict[str, Any]]
@@ -230,7 +230,7 @@ class _Classifier(pl.LightningModule):
         run = self.run
         lr = run.peak_lr
         groups = normprop.param_groups(self.net, weight_decay=run.weight_decay)
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=run.orthogonal)
         if run.norm == "normprop":
             normprop.attach_projection(optimizer, self.net, run.peak_radius, run.orthogonal)
             normprop.scale_together(self.net)
