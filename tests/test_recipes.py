@@ -20,7 +20,7 @@ from normprop.recipes.compare import compare, summary
 from normprop.recipes.data import ImageData, load
 from normprop.recipes.models import MODELS, NORMS, build
 from normprop.recipes.results import output_folder, write_json
-from normprop.recipes.train import Run, fit, network, newest_checkpoint, train
+from normprop.recipes.train import Run, fit, make_orthogonal, network, newest_checkpoint, train
 
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning, datasets and matplotlib warn as they like
 
@@ -524,6 +524,25 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 def test_results_hold_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"loss": math.nan})
+
+
+def test_batchnorm_can_have_orthogonal_steps_too():
+    torch.manual_seed(0)
+    net = build("cnn", (1, 8, 8), 10, "batch")
+    weights = [layer.weight for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    make_orthogonal(optimizer, net, 0.02)
+    net(torch.randn(4, 1, 8, 8)).square().mean().backward()
+    optimizer.step()
+    for weight, old in zip(weights, before, strict=True):
+        step = weight.detach() - old
+        torch.testing.assert_close(step.norm(), 0.02 * old.norm(), rtol=1e-3, atol=0)
+        # against the singular value decomposition of the plain step
+        u, s, v = torch.linalg.svd(weight.grad.flatten(1).double(), full_matrices=False)
+        rank = int((s > 1e-2 * s.norm()).sum())
+        wanted = (-u[:, :rank] @ v[:rank]).float()
+        assert (wanted * step.flatten(1)).sum() > 0.8 * wanted.norm() * step.norm()
 
 
 def test_the_trust_radius_follows_rule_and_batch_size():

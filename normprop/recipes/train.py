@@ -235,7 +235,7 @@ class _Classifier(pl.LightningModule):
             normprop.attach_projection(optimizer, self.net, run.peak_radius, run.orthogonal)
             normprop.scale_together(self.net)
         elif run.orthogonal:
-            _make_orthogonal(optimizer, self.net, run.peak_radius)
+            make_orthogonal(optimizer, self.net, run.peak_radius)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
         if run.halve_every is None:
@@ -315,7 +315,7 @@ class _Classifier(pl.LightningModule):
         self.history = checkpoint["normprop"]["history"]
 
 
-def _make_orthogonal(optimizer: torch.optim.Optimizer, net: nn.Module, radius: float | None) -> None:
+def make_orthogonal(optimizer: torch.optim.Optimizer, net: nn.Module, radius: float | None) -> None:
     """The aid that NormProp's weights have, for those of torch's layers: steps relative to their rows' length."""
     weights = [layer.weight for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     before = [torch.empty_like(weight) for weight in weights]
