@@ -242,19 +242,34 @@ def along(value: Tensor, like: Tensor, dim: int) -> Tensor:
     return value.to(like.dtype).view(-1, *[1] * (-dim - 1))
 
 
-def normalize_activation(u: Tensor, activation: nn.Module, mean: Number, std: Number, dim: int) -> Tensor:
-    """``(phi(u) - mean) / std``, the constants along dim ``dim`` < 0 of ``u``."""
-    if isinstance(mean, float) and isinstance(std, float):
-        if (mean, std) == (0.0, 1.0):
-            return activation(u)
-        slope = activations.negative_slope(activation)
-        if slope is None or _plain:
-            return (activation(u) - mean) / std
-        low = -mean / std
-        return rectify(affine(u, 1 / std, low), low, slope)  # a map of its own
+def normalize_activation(
+    u: Tensor,
+    activation: nn.Module,
+    mean: Number,
+    std: Number,
+    dim: int,
+    gain: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """``(phi(gain * u + bias) - mean) / std``, what is no number along dim ``dim`` < 0 of ``u``."""
+    numbers = (mean, std) if isinstance(mean, float) and isinstance(std, float) else None
+    plain = _plain or numbers in (None, (0.0, 1.0))
+    slope = None if plain else activations.negative_slope(activation)
+    if numbers and slope is not None:  # what is done to phi's output is done to its input
+        scale, low = 1 / numbers[1], -numbers[0] / numbers[1]
+        if gain is None or bias is None:
+            u = affine(u, scale, low)
+        else:
+            bias = affine(bias, scale, low)
+            u = torch.addcmul(along(bias, u, dim), u, along(gain * scale, u, dim))
+        return rectify(u, low, slope)  # a map of its own
+    if gain is not None and bias is not None:
+        u = torch.addcmul(along(bias, u, dim), u, along(gain, u, dim))
     y = activation(u)
-    shift, scale = (along(c, y, dim) if isinstance(c, Tensor) else c for c in (mean, std))
-    return (y - shift) / scale
+    if numbers:
+        return y if numbers == (0.0, 1.0) else (y - mean) / std
+    shift, divisor = (along(c, y, dim) if isinstance(c, Tensor) else c for c in (mean, std))
+    return (y - shift) / divisor
 
 
 _plain = False

@@ -670,11 +670,9 @@ class NormalizedActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
-        dim = 1 - input.ndim
-        if self.gain is not None and self.bias is not None:
-            gain, bias = functional.along(self.gain, input, dim), functional.along(self.bias, input, dim)
-            input = torch.addcmul(bias, input, gain)
-        return functional.normalize_activation(input, self.activation, mean, std, dim)
+        return functional.normalize_activation(
+            input, self.activation, mean, std, 1 - input.ndim, self.gain, self.bias
+        )
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
