@@ -186,12 +186,13 @@ if typer is not None:
         trust_radius: Annotated[
             float | None,
             typer.Option(
-                help="NormProp's largest change of a unit in a step, 0 for any; 0.01 if recommended."
+                help="NormProp's largest change of a unit in a step, 0 for any; 0.01 if recommended, "
+                "0.02 if orthogonal."
             ),
         ] = None,
         orthogonal: Annotated[
             bool,
-            typer.Option("--orthogonal", help="Make the weights' steps orthogonal (--trust-radius 0.02)."),
+            typer.Option("--orthogonal", help="Orthogonal steps of the weights, Nesterov momentum."),
         ] = False,
         devices: Annotated[str, typer.Option(help="How many, or auto.")] = "auto",
         nodes: Annotated[int, typer.Option(help="Number of machines.")] = 1,

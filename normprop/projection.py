@@ -56,23 +56,29 @@ def attach_projection(
     (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
     one so far.
 
-    With ``orthogonal`` the step of each NormProp weight becomes :func:`orthogonal`, rows of the radius' length: all
-    directions of a layer's inputs are learned at one pace, and rows do not turn the same way together. More
-    accurate at equal epochs, at some cost in time (experiments/beyond; docs/method.md, section 7).
+    With ``orthogonal`` the step of each NormProp weight, tangent to its rows, is first replaced by
+    :func:`orthogonal` of it, rows of the radius' length: directions of a layer's inputs are learned at
+    one pace, and rows do not all turn the same way. Gains and biases move as the optimizer moves them
+    and share the bound with their rows: a small learning rate (0.05 with SGD) leaves most of it to the
+    rows. A warm-up does nothing for the rows (the radius is that of the largest rate so far), nor do
+    learning rates by group. More accurate at equal epochs (experiments/beyond), for 8 to 40 % of a
+    step's time on a CPU (docs/method.md, section 7).
 
     Args:
         optimizer: Any torch optimizer.
         model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
             of about 100, 0.02 if orthogonal (experiments/LOG.md). None for no limit. It costs a copy of the weights.
-        orthogonal: Make the weights' steps orthogonal; needs a trust radius, and an optimizer with momentum.
+        orthogonal: Make the weights' steps orthogonal; needs a trust radius, float32 weights, and an optimizer
+            with momentum (``torch.optim.SGD(..., momentum=0.9, nesterov=True)``).
 
     Returns:
         A handle; ``handle.remove()`` ends it.
 
     Raises:
         ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own
-            (pruned, parametrized), or the radius is not above 0, or missing though steps are to be orthogonal.
+            (pruned, parametrized), or the radius is not above 0; if orthogonal, also if it is missing, or
+            a weight is in half precision, where rounding decides a small step's direction.
         TypeError: If the optimizer takes no hooks.
 
     Example:
@@ -110,6 +116,15 @@ def attach_projection(
         return optimizer.register_step_post_hook(lambda *_: project_(model))
     if not 0 < trust_radius < math.inf:
         raise ValueError(f"trust_radius must be a number above 0, got {trust_radius}")
+    half = [
+        f"'{name}' is {layer.weight.dtype}"
+        for name, layer in layers.items()
+        if layer.weight.dtype.itemsize < 4
+    ]
+    if orthogonal and half:
+        raise ValueError(
+            f"orthogonal steps need float32 weights, {half[0]}: keep weights float32, use torch.autocast"
+        )
     region = _TrustRegion(model, trust_radius, orthogonal)
     before = optimizer.register_step_pre_hook(region.remember)
     return _Handle((before, optimizer.register_step_post_hook(region.restrain)))
@@ -189,9 +204,8 @@ class _TrustRegion:
             for (layer, own), old in zip(units, before, strict=True):
                 if "weight" in own:
                     p, start = own["weight"].detach(), old["weight"]
-                    torch.add(
-                        start, orthogonal(p - start, layer.transposed, layer.groups), alpha=radius, out=p
-                    )
+                    step = orthogonal(_tangent(layer, start, p - start), layer.transposed, layer.groups)
+                    torch.add(start, step, alpha=radius, out=p)
         none = [torch.zeros_like(_wide(layer.gain.detach())) for layer, _ in units]
 
         def joined(name: str, measure: Callable[..., Tensor]) -> Tensor:
@@ -237,9 +251,22 @@ def _row_lengths(layer: Any, weight: Tensor) -> Tensor:
     return _norms([_rows(weight, (layer.transposed, layer.groups))])
 
 
+def _tangent(layer: Any, weight: Tensor, step: Tensor) -> Tensor:
+    """A weight's step without what the projection takes away: rows' directions, and their means if centred."""
+    rows, moves = (_rows(t, (layer.transposed, layer.groups)) for t in (weight, step))
+    along = (rows.values * moves.values).sum(rows.dims, keepdim=True)
+    square = (
+        rows.values.square().sum(rows.dims, keepdim=True).clamp_min(torch.finfo(rows.values.dtype).tiny)
+    )
+    tangent = moves.values - rows.values * (along / square)
+    if layer.rule.centered:
+        tangent -= tangent.mean(rows.dims, keepdim=True)
+    return tangent.reshape(step.shape)
+
+
 def _row_distances(layer: Any, old: Tensor, new: Tensor) -> Tensor:
-    """How far each row moved, shape (out,); in parts that a cache holds: fresh memory costs more than arithmetic."""
-    if layer.transposed:
+    """How far each row moved, shape (out,); on a CPU in parts that a cache holds, as fresh memory is slow."""
+    if layer.transposed or old.device.type != "cpu":
         return _row_lengths(layer, new - old)
     rows = max(1, 2**18 // max(1, old[0].numel()))
     return torch.cat(
@@ -261,9 +288,9 @@ def orthogonal(step: Tensor, transposed: bool = False, groups: int = 1) -> Tenso
     .. math:: W = USV' \mapsto UV', \qquad X_0 = W/\lVert W\rVert_F, \quad
         X_{k+1} = (aI + bX_kX_k' + c(X_kX_k')^2)\, X_k
 
-    Source: Jordan et al. (2024), "Muon", with their a, b, c; five iterations bring singular values of at least
-    0.01 of the length to between 0.7 and 1.2. All products but the first and last are of the smaller side's
-    size. The rows' length is the root mean square over them.
+    Source: Jordan et al. (2024), "Muon", with their a, b, c; five iterations bring singular values of at
+    least 0.01 of the step's length to between 0.68 and 1.14, before the scaling. All products but the
+    first and last are of the smaller side's size. The rows' length is the root mean square over them.
 
     Args:
         step: Shape as a weight's: ``(out, in/groups, *kernel)``; transposed: ``(in, out/groups, *kernel)``. A group
@@ -286,12 +313,14 @@ def orthogonal(step: Tensor, transposed: bool = False, groups: int = 1) -> Tenso
     x = x.mT if tall else x
     x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1.0)  # at least 1, unless nothing steps
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    square, power = x @ x.mT, identity
-    for _ in range(5):
-        factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
-        square, power = factor @ square @ factor, factor @ power
-    x = power @ x
+    with torch.autocast(step.device.type, enabled=False):  # powers of x x' need float32
+        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        square, power = x @ x.mT, identity
+        for left in reversed(range(5)):
+            factor = 3.4445 * identity - 4.7750 * square + 2.0315 * square @ square
+            power = factor if power is identity else factor @ power
+            square = factor @ square @ factor if left else square
+        x = power @ x
     x = x.mT if tall else x
     x = x * (math.sqrt(x.shape[1]) / x.norm(dim=(1, 2), keepdim=True).clamp_min(0.1))
     x = x.reshape(rows.shape)

@@ -460,6 +460,8 @@ def test_orthogonal_steps_are_the_optimizers_made_orthogonal(kind, optimizer, ru
         ),
         strict=True,
     ):
+        step = step - old * (step * old).sum(1, keepdim=True)  # what the projection takes away
+        step = step - step.mean(1, keepdim=True) if rule.centered else step
         u, s, v = torch.linalg.svd(step, full_matrices=False)
         rank = int((s > 1e-3 * s[0]).sum())
         wanted = u[:, :rank] @ v[:rank]
@@ -485,6 +487,54 @@ def test_orthogonal_steps_do_not_depend_on_the_learning_rate_and_fall_with_it():
     torch.testing.assert_close(moved(1e-3, 1e-3), moved(1e3, 1e3), rtol=0.02, atol=1e-4)
     torch.testing.assert_close(moved(0.1, 0.05) * 2, moved(0.1, 0.1), rtol=0.05, atol=2e-4)
     assert not moved(0.1, 0.0).abs().max() > 1e-6
+
+
+def test_weight_decay_changes_no_orthogonal_step():
+    def moved(decay):
+        torch.manual_seed(0)
+        layer = normprop.NormPropConv2d(4, 6, 3, rule=normprop.RECOMMENDED)
+        normprop.project_(layer)
+        opt = torch.optim.SGD([layer.weight], lr=0.1, weight_decay=decay)
+        normprop.attach_projection(opt, layer, 0.02, orthogonal=True)
+        before = layer.weight.detach().clone()
+        layer(torch.randn(8, 4, 5, 5)).square().mean().backward()
+        opt.step()
+        return layer.weight.detach() - before
+
+    torch.testing.assert_close(moved(0.1), moved(0.0), rtol=1e-2, atol=1e-5)
+
+
+def test_orthogonal_is_as_accurate_within_autocast():
+    torch.manual_seed(0)
+    step = torch.randn(64, 64) @ torch.diag(torch.logspace(0, -3, 64)) @ torch.randn(64, 200)
+    expected = orthogonal(step)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(orthogonal(step), expected)
+
+
+def test_orthogonal_steps_of_weights_in_half_precision_are_refused():
+    net = nn.Sequential(normprop.NormPropLinear(3, 2)).bfloat16()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    with pytest.raises(
+        ValueError, match=r"need float32 weights, '0' is torch\.bfloat16: keep weights float32"
+    ):
+        normprop.attach_projection(opt, net, 0.02, orthogonal=True)
+
+
+def test_gains_and_biases_share_the_bound_with_orthogonal_steps():
+    def row_moves(lr):
+        torch.manual_seed(0)
+        layer = normprop.NormPropLinear(20, 8, rule=normprop.RECOMMENDED)
+        opt = torch.optim.SGD(layer.parameters(), lr=lr)
+        normprop.attach_projection(opt, layer, 0.02, orthogonal=True)
+        before = copy.deepcopy(layer.state_dict())
+        layer(torch.randn(50, 20)).square().mean().backward()
+        opt.step()
+        assert max(change(layer, before, layer.state_dict())) < 0.0201
+        return (layer.weight.detach() - before["weight"]).norm(dim=1)
+
+    assert row_moves(1e-3).mean() > 0.018
+    assert row_moves(10.0).mean() < 0.005
 
 
 def test_orthogonal_steps_need_a_radius():

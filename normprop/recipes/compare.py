@@ -105,7 +105,8 @@ def _rows_so_far(out: Path, shared: dict[str, Any]) -> list[Row]:
         return []
     try:
         before = json.loads(path.read_text())
-        same, complete, rows = before["run"] == shared, before["status"] == "complete", before["rows"]
+        known = {name: value for name, value in asdict(Run()).items() if name in shared} | before["run"]
+        same, complete, rows = known == shared, before["status"] == "complete", before["rows"]
     except (ValueError, KeyError, OSError) as error:
         raise InputError(
             f"--out {out}: results.json there is of something else; choose another --out"

@@ -77,10 +77,10 @@ class Run:
             test images are then never looked at.
         activation: Of all hidden layers.
         trust_radius: For NormProp, of ``normprop.attach_projection``; 0 for no limit. None for
-            :data:`TRUST_RADIUS` with the recommended rule (:data:`ORTHOGONAL_RADIUS` if orthogonal), less below
-            batch 128, and no limit with the paper's.
-        orthogonal: Steps of the weights that are orthogonal (``normprop.attach_projection``); with another
-            norm the same, relative to the length of their rows.
+            :data:`TRUST_RADIUS` with the recommended rule and no limit with the paper's;
+            :data:`ORTHOGONAL_RADIUS` if orthogonal; less below batch 128.
+        orthogonal: Nesterov momentum, and steps of the weights that are orthogonal
+            (``normprop.attach_projection``); with another norm the same, relative to the length of their rows.
     """
 
     model: str = "cnn"
@@ -234,7 +234,7 @@ class _Classifier(pl.LightningModule):
         if run.norm == "normprop":
             normprop.attach_projection(optimizer, self.net, run.peak_radius, run.orthogonal)
             normprop.scale_together(self.net)
-        elif run.orthogonal:
+        elif run.orthogonal and run.peak_radius:
             make_orthogonal(optimizer, self.net, run.peak_radius)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule: torch.optim.lr_scheduler.LRScheduler
@@ -315,7 +315,7 @@ class _Classifier(pl.LightningModule):
         self.history = checkpoint["normprop"]["history"]
 
 
-def make_orthogonal(optimizer: torch.optim.Optimizer, net: nn.Module, radius: float | None) -> None:
+def make_orthogonal(optimizer: torch.optim.Optimizer, net: nn.Module, radius: float) -> None:
     """The aid that NormProp's weights have, for those of torch's layers: steps relative to their rows' length."""
     weights = [layer.weight for layer in net.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     before = [torch.empty_like(weight) for weight in weights]
@@ -326,7 +326,7 @@ def make_orthogonal(optimizer: torch.optim.Optimizer, net: nn.Module, radius: fl
 
     @torch.no_grad()
     def replace_steps(*_: Any) -> None:
-        share = (radius or 0.0) * annealed(optimizer)
+        share = radius * annealed(optimizer)
         for weight, old in zip(weights, before, strict=True):
             length = share * float(old.norm()) / math.sqrt(len(old))
             weight.copy_(old + length * orthogonal(weight - old))
