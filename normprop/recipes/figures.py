@@ -318,21 +318,21 @@ def step_size(result: Row, path: Path) -> None:
 def beyond(result: Row, path: Path) -> None:
     """Above the selection of the step size, below test accuracy by epoch at it; a column a model."""
     columns = _groups(result["rows"], "model")
-    with new_figure(path, max(1, len(columns)), 2, height=3.3) as (figure, axes):
+    with new_figure(path, max(1, len(columns)), 2, height=4.0) as (figure, axes):
         for column, rows in enumerate(columns.values()):
             above, below = axes[:, column]
             selection = [row for row in rows if row["stage"] == "selection"]
             final = [row for row in rows if row["stage"] == "final"]
             if selection:
                 _against_lr(above, selection)
-                above.legend(frameon=False, fontsize=8)
+                above.legend(frameon=False, fontsize=7, loc="lower left")
                 above.set_ylabel("held-out accuracy (%)")
             above.set_title(f"{_network(rows[0])}: choosing the step size", fontsize=10)
             for label, mine in _groups(final, "label").items():
                 _curve(below, mine, f"{label}, step size {mine[0]['lr']:g}", color=VARIANT_COLORS[label])
             if final:
                 _accuracy_axes(below, final, "epoch")
-                below.legend(frameon=False, fontsize=8)
+                below.legend(frameon=False, fontsize=7, loc="lower right")
         figure.suptitle(_title(result, f"above: band from worst to best seed; below: {BANDS}"), fontsize=10)
 
 
