@@ -61,7 +61,7 @@ def attach_projection(
     one pace, and rows do not all turn the same way. Gains and biases move as the optimizer moves them
     and share the bound with their rows: a small learning rate (0.05 with SGD) leaves most of it to the
     rows. A warm-up does nothing for the rows (the radius is that of the largest rate so far), nor do
-    learning rates by group. More accurate at equal epochs (experiments/beyond), for 8 to 40 % of a
+    learning rates by group. More accurate at equal epochs (experiments/beyond), for 6 to 40 % of a
     step's time on a CPU (docs/method.md, section 7).
 
     Args:
