@@ -192,14 +192,13 @@ class _TrustRegion:
     @torch.no_grad()
     def restrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """After a step: updates scaled down to the radius, rows put back to unit length."""
+        radius = self.radius * annealed(optimizer)
         if self.joined:
-            radius = self.radius * annealed(optimizer)
             for kind in self.joined:
                 kind.restrain_(radius)
             self.units, self.joined = [], []
             return
         units, before, self.units, self.before = self.units, self.before, [], []
-        radius = self.radius * annealed(optimizer)
         if self.orthogonal:
             for (layer, own), old in zip(units, before, strict=True):
                 if "weight" in own:

@@ -77,9 +77,13 @@ def _split(vector: Tensor, rows: Sequence[_Rows], gains: Sequence[Tensor]) -> li
     return [part.view(r.shape) for part, r in zip(parts, rows, strict=True)]
 
 
+def _means(rows: Sequence[_Rows]) -> list[Tensor]:
+    return [r.values.mean(r.dims, keepdim=True) for r in rows]
+
+
 def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
     """Rows without their means, and the means."""
-    means = [r.values.mean(r.dims, keepdim=True) for r in rows]
+    means = _means(rows)
     return [r._replace(values=r.values - m) for r, m in zip(rows, means, strict=True)], means
 
 
@@ -425,7 +429,7 @@ def project_rows_(
     rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
     means: list[Tensor] = []
     if centered:
-        means = [r.values.mean(r.dims, keepdim=True) for r in rows]
+        means = _means(rows)
         for r, mean in zip(rows, means, strict=True):
             r.values.sub_(mean)
     norms = _norms(rows)
