@@ -70,6 +70,10 @@ class Walk:
         self.energies: dict[fx.Node, Tensor] = {}
         # How a gradient's share of each position passes to the input's, of mean 1 if it was even.
         self.spreads: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
+        # Of a gradient that is the same at all positions: what share of it is so at the input too.
+        self.evens: dict[fx.Node, float] = {}
+        # What it adds where the taps of a sum of few terms overlap, over the input's values.
+        self.overlaps: dict[fx.Node, Tensor] = {}
         self.notes: dict[fx.Node, str] = {}
         self.within: dict[fx.Node, float] = {}  # mean variance of a weight layer's channels
         # Element-wise ancestry: (node, f) with this node's values = f(that node's values).
@@ -151,11 +155,11 @@ class Walk:
         if isinstance(module, RectifiedSum):
             self._check_correlation(node, inputs)
             total, passes = self._sum([self._signal(n) for n in inputs], [module.ratio, 1.0])
-            signal, (above,) = self._through(total, lambda values: values.clamp_min(module.low))
+            signal, (above,) = self._through(node, total, lambda values: values.clamp_min(module.low))
             signal = signal if module.std is None else signal.standardized().affine(module.std)
             return signal, [lambda density, through=p: through(above(density)) for p in passes]
         if isinstance(module, ShiftedReLU):
-            return self._through(first, lambda values: values.clamp_min(module.low))
+            return self._through(node, first, lambda values: values.clamp_min(module.low))
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             return self._sum([self._signal(n) for n in inputs], module.factors)
@@ -244,11 +248,12 @@ class Walk:
         origin, function = self.origin.get(source, (source, _same))
         self.origin[node] = (origin, lambda values: step(function(values)))
         self._uneven(node, source, self._signal(source), lambda u: step(u.flatten()).view_as(u))
-        return self._through(self._signal(source), step)
+        return self._through(node, self._signal(source), step)
 
-    def _through(self, signal: Signal, function: Callable[[Tensor], Tensor]) -> Result:
+    def _through(self, node: fx.Node, signal: Signal, function: Callable[[Tensor], Tensor]) -> Result:
         """An element-wise function, and how the gradient passes it, element by element."""
         y, slope = with_slope(function, signal.values)
+        self.evens[node] = _ratio((signal.weights @ slope).square(), signal.weights @ slope.square())
         result = Signal.of(y, signal.weights)
         return result, [lambda density: slope.square() * _interpolate(y, result.values, density)]
 
@@ -273,7 +278,7 @@ class Walk:
             def combined(values: Tensor) -> Tensor:
                 return operation(one[1](values), other[1](values))
 
-            signal, (passing,) = self._through(self._signal(origin), combined)
+            signal, (passing,) = self._through(node, self._signal(origin), combined)
             self.origin[node] = (origin, combined)
             self.factors[node] = [(origin, passing)]
             return signal, []
@@ -365,12 +370,23 @@ class Walk:
             self.spreads[node] = lambda place: taps.spread(
                 place * slopes if place.shape == slopes.shape else slopes
             )
-        result, passing = through_channels(z.values, z.weights, std, mean, finish, length)
+        result, passing, slope = through_channels(z.values, z.weights, std, mean, finish, length)
         if "standard" in getattr(layer, "kept", ()):  # its constants were measured
             result = result.standardized()
+        if transposed:
+            self.evens[node] = 0.0  # not followed
+        elif taps is not None:
+            fewer = inside * taps.inside.numel() / math.prod(taps.before)
+            summed = rows.flatten(2).sum(2).square().sum(1) * slope.square()
+            self.evens[node] = fewer * _ratio(summed.mean(), passing(torch.ones_like(result.values)))
         if small:
-            sums, slope = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
-            sums, square = (t[:, ::every][:, :8].contiguous() for t in (sums, slope.square()))
+            sums, few_slopes = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
+            sums, few_slopes = (t[:, ::every][:, :8].contiguous() for t in (sums, few_slopes))
+            square = few_slopes.square()
+            if taps is not None:
+                met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), taps.pairs, rows.flatten(2))
+                related = _by_pair(signal, few, few_slopes, taps.pairs)
+                self.overlaps[node] = inside * ((met * slope.square()).mean() + related)
 
         def through(density: Tensor) -> Tensor | float:
             if not small:
@@ -389,7 +405,8 @@ class Walk:
         gain = ones if module.gain is None else module.gain.detach().double().cpu()
         bias = ones * 0 if module.bias is None else module.bias.detach().double().cpu()
         self._uneven(node, source, signal, lambda u: finish(u * gain + bias))
-        result, passing = through_channels(signal.values, signal.weights, gain, bias, finish)
+        result, passing, slope = through_channels(signal.values, signal.weights, gain, bias, finish)
+        self.evens[node] = _ratio((gain * slope).square().mean(), passing(torch.ones_like(result.values)))
         return result, [passing]
 
     def _pad(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
@@ -467,7 +484,8 @@ class Walk:
         exact = None if act is None else copy.deepcopy(act).double().cpu()
         finish = exact if exact is not None else _same
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
-        result, passing = through_channels(ready.values, ready.weights, scale, shift, finish)
+        result, passing, slope = through_channels(ready.values, ready.weights, scale, shift, finish)
+        self.evens[node] = _ratio((scale * slope).square().mean(), passing(torch.ones_like(result.values)))
         return result, [lambda density: passing(density) / unit]
 
     def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
@@ -495,6 +513,7 @@ class Walk:
         """
         densities: dict[fx.Node, Tensor] = {}
         places: dict[fx.Node, Tensor] = {}  # the share of each position
+        evens: dict[fx.Node, float] = {}  # what of the mean square is the same at all positions
         for node in reversed(list(self.graph_module.graph.nodes)):
             signal = self.signals.get(node)
             if signal is None:
@@ -511,6 +530,11 @@ class Walk:
                 read = self._signal(source)
                 share = factor(density) if callable(factor) else factor * mean
                 share = torch.as_tensor(share, dtype=torch.float64).expand_as(read.values)
+                even = min(1.0, evens.get(node, 0.0) / mean) if mean > 0 else 0.0
+                passed = self._evenness(node, source, even) * float((read.weights * share).sum())
+                evens[source] = evens.get(source, 0.0) + passed
+                if node in self.overlaps and callable(factor):  # not a weight that is an input
+                    share = (share + even * mean * self.overlaps[node]).clamp_min(0.0)
                 there = self.spreads[node](place) if node in self.spreads else place
                 if there.shape != positions(source):
                     there = torch.ones(positions(source), dtype=torch.float64)
@@ -522,6 +546,15 @@ class Walk:
             node: math.sqrt(max(0.0, float((self._signal(node).weights * density).sum())))
             for node, density in densities.items()
         }
+
+    def _evenness(self, node: fx.Node, source: fx.Node, even: float) -> float:
+        """The share of a source's gradient that is the same at all positions, from that of the node's."""
+        if node in self.evens:
+            return even * self.evens[node]
+        if positions(node) == positions(source):
+            return even
+        name = operation_name(self.graph_module, node).lower()
+        return float(math.prod(positions(node)) == 1 and ("avg" in name or "mean" in name))
 
     def trace(self) -> SignalTrace:
         """The records."""
@@ -643,7 +676,7 @@ def through_channels(
     shift: Tensor,
     function: Callable[[Tensor], Tensor],
     size: Tensor | None = None,
-) -> tuple[Signal, Callable[[Tensor], float]]:
+) -> tuple[Signal, Callable[[Tensor], float], Tensor]:
     """``function(scale * x + shift)``, all channels together, and how a gradient passes it.
 
     Args:
@@ -655,8 +688,8 @@ def through_channels(
         size: By what each channel multiplies a gradient, beside the function's slope; ``scale`` if None.
 
     Returns:
-        The signal, and the gradient's mean square in front of all this, from its density over the
-        signal's values.
+        The signal; the gradient's mean square in front of all this, from its density over the
+        signal's values; the function's mean slope in each channel (or in one for all).
     """
     scale, shift, size = torch.broadcast_tensors(scale, shift, scale if size is None else size)
     if function is _same and all(bool((t == t[0]).all()) for t in (scale, shift, size)):
@@ -671,7 +704,8 @@ def through_channels(
     squares = torch.zeros_like(result.values).index_add_(
         0, nearest, (spread * (slope * size).square()).flatten()
     )
-    return result, lambda density: float((squares * density).sum())
+    mean_slope = (weights / weights.sum()) @ slope
+    return result, lambda density: float((squares * density).sum()), mean_slope
 
 
 _FEW_NODES = 257  # of a sum of few terms, from -8.5 to 8.5 of its standard deviations
@@ -691,18 +725,59 @@ def _by_term(signal: Signal, rows: Tensor, curves: Tensor) -> Tensor:
         Shape (n,), over the signal's values.
     """
     coarse = Signal.of(signal.values, signal.weights, 48).standardized()
-    grid, _ = gaussian_nodes(_FEW_NODES)
-    z, probability = gaussian_nodes(48)
     total = torch.zeros_like(coarse.values)
     for row, curve in zip(rows, curves.T, strict=True):
-        share = (row / row.norm().clamp(min=1e-30))[:, None, None]
-        sums = share * coarse.values[:, None] + (1 - share.square()).clamp(min=0).sqrt() * z
-        given = (_interpolate(sums, grid, curve.contiguous()) * probability).sum(-1)
-        total = total + (row.square()[:, None] * given).sum(0)
+        total = total + row.square() @ _given_term(coarse.values, row, curve)
     mean = (coarse.weights * total).sum()
     if not mean > 0:
         return torch.ones_like(signal.values)
     return _interpolate(signal.standardized().values, coarse.values, total / mean)
+
+
+def _given_term(values: Tensor, row: Tensor, curve: Tensor) -> Tensor:
+    """The mean of a function of ``sum_j W_j x_j`` given one term's ``x_j``, the rest taken as Gaussian.
+
+    Args:
+        values: Shape (n,): what x_j may be.
+        row: Shape (fan_in,).
+        curve: Shape (_FEW_NODES,): the function of the sum.
+
+    Returns:
+        Shape (fan_in, n).
+    """
+    grid, _ = gaussian_nodes(_FEW_NODES)
+    z, probability = gaussian_nodes(48)
+    share = (row / row.norm().clamp(min=1e-30))[:, None, None]
+    sums = share * values[:, None] + (1 - share.square()).clamp(min=0).sqrt() * z
+    return _interpolate(sums, grid, curve.contiguous()) @ probability
+
+
+def _by_pair(signal: Signal, rows: Tensor, slopes: Tensor, pairs: Tensor) -> Tensor:
+    """How what a gradient that is the same at all positions adds at overlapping taps depends on a term's value.
+
+    The slopes of two sums that share x_j are related through it: of few terms each tells of x_j.
+
+    Args:
+        signal: The terms', independent.
+        rows: Shape (rows, fan_in), the taps of one input channel after another.
+        slopes: Shape (_FEW_NODES, rows): the function's slope at the sum, over its value.
+        pairs: Shape (taps, taps): 1 where two taps meet at an input position.
+
+    Returns:
+        Shape (n,), over the signal's values: without what unrelated slopes make of it.
+    """
+    coarse = Signal.of(signal.values, signal.weights, 48).standardized()
+    total = torch.zeros_like(coarse.values)
+    for row, slope in zip(rows, slopes.T, strict=True):
+        terms = (row[:, None] * _given_term(coarse.values, row, slope)).unflatten(0, (-1, len(pairs)))
+        mean = terms @ coarse.weights
+        alone = torch.einsum("ck,kl,cl->", mean, pairs, mean)
+        total = total + (torch.einsum("ckn,kl,cln->n", terms, pairs, terms) - alone) / len(rows)
+    return _interpolate(signal.standardized().values, coarse.values, total)
+
+
+def _ratio(part: Tensor, whole: Tensor | float) -> float:
+    return float(part) / float(whole) if float(whole) > 0 else 0.0
 
 
 def positions(node: fx.Node) -> tuple[int, ...]:
@@ -768,6 +843,14 @@ class _Taps:
     def inside(self) -> Tensor:
         """The share of each output's taps that the input has."""
         return self.read(torch.ones(self.before, dtype=torch.float64))
+
+    @functools.cached_property
+    def pairs(self) -> Tensor:
+        """Shape (taps, taps): 1 where two different taps of two outputs read the same input positions."""
+        axes = [torch.arange(n) * d for n, d in zip(self.size, self.dilation, strict=True)]
+        where = torch.cartesian_prod(*axes).view(-1, len(axes))
+        apart = (where[:, None] - where) % torch.tensor(self.stride) == 0
+        return (apart.all(-1) & ~torch.eye(len(where), dtype=torch.bool)).double()
 
     def read(self, energy: Tensor) -> Tensor:
         """The mean over each output's taps."""
