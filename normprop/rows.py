@@ -17,12 +17,14 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from normprop import kernels
 
 Geometry = tuple[bool, int]  # whether stored transposed, groups
+
+PART = 2**18  # numbers of a weight that a processor's own cache holds, with what is made of them
 
 
 def row_view(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
@@ -40,12 +42,16 @@ def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
 
 
 class _Rows(NamedTuple):
-    """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie."""
+    """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie.
+
+    ``offset`` is one number a row that is still to be subtracted, or None.
+    """
 
     values: Tensor
     dims: tuple[int, ...]
     fan_in: int
     shape: tuple[int, ...]
+    offset: Tensor | None = None
 
 
 def _rows(weight: Tensor, geometry: Geometry) -> _Rows:
@@ -84,11 +90,52 @@ def _means(rows: Sequence[_Rows]) -> list[Tensor]:
 def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
     """Rows without their means, and the means."""
     means = _means(rows)
-    return [r._replace(values=r.values - m) for r, m in zip(rows, means, strict=True)], means
+    centered = [
+        r._replace(offset=m) if parts(r.values) else r._replace(values=r.values - m)
+        for r, m in zip(rows, means, strict=True)
+    ]
+    return centered, means
+
+
+def parts(values: Tensor) -> list[slice]:
+    """Slices of a weight's first dim that a processor's cache holds; none where all is done at once.
+
+    On a CPU fresh memory is slower than arithmetic: of what several passes over a part make, none leaves the
+    cache. Where the work is traced, transformed or to be differentiated nothing may be written in place.
+    """
+    if values.device.type != "cpu" or values.numel() <= PART or len(values) == 1 or torch.is_grad_enabled():
+        return []
+    if type(values) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or in_forward_mode():
+        return []
+    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+        return []
+    step = max(1, PART // values[0].numel())
+    return [slice(first, first + step) for first in range(0, len(values), step)]
+
+
+def _part(r: _Rows, at: slice) -> Tensor:
+    return r.values[at] if r.offset is None else r.values[at] - r.offset[at]
+
+
+def _norm(r: _Rows) -> Tensor:
+    if r.offset is None:
+        return torch.linalg.vector_norm(r.values, dim=r.dims)
+    return torch.cat([torch.linalg.vector_norm(_part(r, at), dim=r.dims) for at in parts(r.values)])
 
 
 def _norms(rows: Sequence[_Rows]) -> Tensor:
-    return _join([torch.linalg.vector_norm(r.values, dim=r.dims) for r in rows])
+    return _join([_norm(r) for r in rows])
+
+
+def _times(r: _Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows times one number each."""
+    slices = parts(r.values)
+    if not slices:
+        return _as(r.values * scale, dtype)
+    result = torch.empty_like(r.values, dtype=dtype)
+    for at in slices:
+        result[at] = _part(r, at) * scale[at]
+    return result
 
 
 def _negligible(rows: Sequence[_Rows], means: Sequence[Tensor]) -> Tensor:
@@ -229,8 +276,8 @@ class _Scale(torch.autograd.Function):
         scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
         scaled = []
         for r, s, g, w in zip(rows, _split(scale, rows, gains), geometries, weights, strict=True):
-            v = r.values * s
-            scaled.append(_as(v.flatten(0, 1) if g[0] else v, recipe.dtype or w.dtype))
+            v = _times(r, s, recipe.dtype or w.dtype)
+            scaled.append(v.flatten(0, 1) if g[0] else v)
         moved = []
         if biases:
             bias = _join(biases)
@@ -316,13 +363,10 @@ def _pull_back(
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Gradients of weights (as rows) and gains, see ``_Scale.backward``."""
 
-    def wide(grad: tuple[Any, Geometry]) -> Tensor:
-        """In at least float32, anew at each use: on a CPU fresh memory costs more than casting."""
-        return _rows(*grad).values
-
-    dots = [(wide(g) * r.values).sum(r.dims, keepdim=centered) for g, r in zip(grads, rows, strict=True)]
+    views = [row_view(grad, *geometry) for grad, geometry in grads]
+    sums = [_sums(v, r, centered) for v, r in zip(views, rows, strict=True)]
+    dots, levels = [dot for dot, _ in sums], [level for _, level in sums]
     if centered:
-        levels = [wide(g).mean(r.dims, keepdim=True) for g, r in zip(grads, rows, strict=True)]
         dots = [
             torch.addcmul(dot, level, m, value=-r.fan_in)
             for dot, level, m, r in zip(dots, levels, means, rows, strict=True)
@@ -332,17 +376,37 @@ def _pull_back(
     scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
     radial = _join(dots) / lengths
     pull = radial * scale / lengths
-    result = [
-        torch.addcmul(wide(g) * s, r.values, p, value=-1.0)
-        for g, r, s, p in zip(
-            grads, rows, _split(scale, rows, gains), _split(pull, rows, gains), strict=True
-        )
-    ]
+    each = [_split(scale, rows, gains), _split(pull, rows, gains)]
     if centered:
-        shift = _split(pull * _join(means) - scale * _join(levels), rows, gains)
-        result = [dw.add_(s) for dw, s in zip(result, shift, strict=True)]
+        each.append(_split(pull * _join(means) - scale * _join(levels), rows, gains))
+    result = [_combined(v, r, *own) for v, r, *own in zip(views, rows, *each, strict=True)]
     radial = radial * factor
     return result, [radial] if len(rows) == 1 else radial.split(counts)
+
+
+def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor]:
+    """Of each row the gradient's product with it, and the gradient's mean (empty if nothing is centred)."""
+    dots, levels = [], []
+    for at in parts(r.values) or (None,):
+        g, values = (grad, r.values) if at is None else (grad[at], r.values[at])
+        g = _as(g, values.dtype)
+        dots.append((g * values).sum(r.dims, keepdim=centered))
+        levels.append(g.mean(r.dims, keepdim=True) if centered else dots[-1])
+    return (dots[0], levels[0]) if len(dots) == 1 else (torch.cat(dots), torch.cat(levels))
+
+
+def _combined(grad: Tensor, r: _Rows, scale: Tensor, pull: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``scale * grad - pull * row + shift``, with one number a row of each."""
+    slices = parts(r.values)
+    if not slices:
+        result = torch.addcmul(_as(grad, r.values.dtype) * scale, r.values, pull, value=-1.0)
+        return result if shift is None else result.add_(shift)
+    result = torch.empty_like(r.values)
+    for at in slices:
+        part = result[at].copy_(grad[at]).mul_(scale[at]).addcmul_(r.values[at], pull[at], value=-1.0)
+        if shift is not None:
+            part.add_(shift[at])
+    return result
 
 
 _Scale.forward.__signature__ = _Positional()  # type: ignore

@@ -19,7 +19,7 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import normprop
-from normprop import NormRule, activations, functional
+from normprop import NormRule, activations, functional, rows
 
 # Name, class, torch parent, spatial dimensions, transposed.
 KINDS = [
@@ -303,7 +303,10 @@ def layers(draw, cls, spatial, transposed):
 
 
 @kinds
-def test_outputs_and_gradients_equal_the_paper(cls, parent, spatial, transposed):
+@pytest.mark.parametrize("part", [rows.PART, 8])  # all rows at once, or as large weights are worked on
+def test_outputs_and_gradients_equal_the_paper(cls, parent, spatial, transposed, part, monkeypatch):
+    monkeypatch.setattr(rows, "PART", part)
+
     @fast
     @given(layers(cls, spatial, transposed))
     def check(case):
@@ -761,7 +764,9 @@ def test_strided_and_unbatched_inputs(cls, parent, spatial, transposed):
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", ["relu", "leaky", "prelu", "gelu", "none"])
-def test_other_dtypes(cls, parent, spatial, transposed, dtype, name):
+@pytest.mark.parametrize("part", [rows.PART, 8])
+def test_other_dtypes(cls, parent, spatial, transposed, dtype, name, part, monkeypatch):
+    monkeypatch.setattr(rows, "PART", part)
     for rule in (normprop.PAPER, NormRule(True, "affine", 1.0)):
         made = small(cls, spatial, ACTIVATIONS[name][0](), rule, dtype=dtype)
         cast = small(cls, spatial, ACTIVATIONS[name][0](), rule).to(dtype)
