@@ -115,7 +115,7 @@ def check(spec: str) -> dict[str, Any]:
     model = quiet(load_model(spec)).train()
     size, small, other = sizes(spec, model)
     name = spec.split(":")[1]
-    row: dict[str, Any] = {"model": spec, "size": size, "small": small}
+    row: dict[str, Any] = {"model": spec, "commit": environment()["commit"], "size": size, "small": small}
 
     start = time.perf_counter()
     conversion = normprop.convert(model, example=torch.empty(1, 3, size, size, device="meta"))
