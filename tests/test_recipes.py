@@ -560,3 +560,18 @@ def test_the_trust_radius_follows_rule_and_batch_size():
         Run(orthogonal=True, norm="weight")
     with pytest.raises(InputError, match="--trust-radius -1: expected a number of at least 0"):
         Run(trust_radius=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size", "lr"),
+    [
+        ({"norm": "normprop", "rule": "paper"}, 128, 0.05),
+        ({"norm": "normprop", "rule": "recommended"}, 64, 0.2),
+        ({"norm": "normprop", "rule": "recommended"}, 512, 0.4),
+        ({"norm": "normprop", "rule": "recommended", "orthogonal": True}, 64, 0.025),
+        ({"norm": "batch", "orthogonal": True}, 128, 0.1),
+        ({"norm": "none", "lr": 0.3}, 1, 0.3),
+    ],
+)
+def test_the_step_size_is_what_was_asked_for_or_follows_norm_rule_and_batch(options, batch_size, lr):
+    assert Run("mlp", batch_size=batch_size, **options).peak_lr == pytest.approx(lr)

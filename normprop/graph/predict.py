@@ -381,18 +381,20 @@ class Walk:
             self.evens[node] = fewer * _ratio(summed.mean(), passing(torch.ones_like(result.values)))
         if small:
             sums, few_slopes = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
-            sums, few_slopes = (t[:, ::every][:, :8].contiguous() for t in (sums, few_slopes))
+            # Over many random rows skewness has no sign.
+            both = torch.cat([few, -few])
+            sums, few_slopes = (t[:, ::every][:, :8].repeat(1, 2) for t in (sums, few_slopes))
             square = few_slopes.square()
             if taps is not None:
                 met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), taps.pairs, rows.flatten(2))
-                related = _by_pair(signal, few, few_slopes, taps.pairs)
-                self.overlaps[node] = inside * ((met * slope.square()).mean() + related)
+                related = _by_pair(signal, both, few_slopes, taps.pairs)
+                self.overlaps[node] = (met * slope.square()).mean() + related
 
         def through(density: Tensor) -> Tensor | float:
             if not small:
                 return inside * passing(density)
             curves = square * _interpolate(sums, result.values, density)
-            return inside * passing(density) * _by_term(signal, few, curves)
+            return inside * passing(density) * _by_term(signal, both, curves)
 
         return result, [through] + [0.0] * (count - 1)
 
@@ -761,7 +763,7 @@ def _by_pair(signal: Signal, rows: Tensor, slopes: Tensor, pairs: Tensor) -> Ten
         signal: The terms', independent.
         rows: Shape (rows, fan_in), the taps of one input channel after another.
         slopes: Shape (_FEW_NODES, rows): the function's slope at the sum, over its value.
-        pairs: Shape (taps, taps): 1 where two taps meet at an input position.
+        pairs: See :attr:`_Taps.pairs`.
 
     Returns:
         Shape (n,), over the signal's values: without what unrelated slopes make of it.
@@ -846,11 +848,15 @@ class _Taps:
 
     @functools.cached_property
     def pairs(self) -> Tensor:
-        """Shape (taps, taps): 1 where two different taps of two outputs read the same input positions."""
-        axes = [torch.arange(n) * d for n, d in zip(self.size, self.dilation, strict=True)]
-        where = torch.cartesian_prod(*axes).view(-1, len(axes))
-        apart = (where[:, None] - where) % torch.tensor(self.stride) == 0
-        return (apart.all(-1) & ~torch.eye(len(where), dtype=torch.bool)).double()
+        """Shape (taps, taps): by which two taps outputs meet at an input position, per output; 0 for one tap."""
+        met = torch.ones(1, 1, dtype=torch.float64)
+        for axis, taps in enumerate(self.size):
+            outputs = self.inside.shape[axis]
+            first = torch.arange(outputs) * self.stride[axis] - self.padding[axis]
+            place = first + torch.arange(taps)[:, None] * self.dilation[axis]
+            reads = (place[..., None] == torch.arange(self.before[axis])).any(1).double()
+            met = torch.kron(met, reads @ reads.T / outputs)
+        return met.fill_diagonal_(0.0)
 
     def read(self, energy: Tensor) -> Tensor:
         """The mean over each output's taps."""

@@ -18,7 +18,7 @@ from normprop.recipes.jacobian import jacobian_findings, jacobian_table, measure
 from normprop.recipes.models import NORMS
 from normprop.recipes.speed import measure_speed, speed_findings, speed_table
 from normprop.recipes.summary import accuracy_table, best_lr, hidden_means, largest_steps
-from normprop.recipes.train import Observe, Run, default_lr
+from normprop.recipes.train import Observe, Run
 
 Row = dict[str, Any]
 
@@ -72,7 +72,7 @@ class Protocol:
         linearly below 50 and stay at .08 above 100.
         """
         if self.base.halve_every is None:
-            return default_lr(run.norm, run.batch_size, run.rule)
+            return replace(run, lr=None).peak_lr
         if run.norm == "none":
             return 1e-4
         return 0.08 if run.batch_size >= 100 else 0.05 * min(1.0, run.batch_size / 50)
@@ -197,7 +197,9 @@ def _batch_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row
     settings = [
         protocol.batches | {"batch_size": size, "data_norm": "global"} for size in reversed(BATCH_SIZES)
     ]
-    return _grid(protocol, seeds, (*NORMPROP, "batch", "group"), settings)
+    return _grid(
+        protocol, seeds, (*NORMPROP, "normprop, recommended, orthogonal", "batch", "group"), settings
+    )
 
 
 def _table(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
@@ -244,7 +246,7 @@ def _depth(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) ->
     changes = {"halve_every": max(1, epochs // 5), "width": 0.5, "data_norm": "channel"}
     settings = [protocol.short | changes | {"model": model} for model in ("resnet20", "resnet110")]
     return [
-        replace(p, run=replace(p.run, lr=default_lr(p.run.norm, p.run.batch_size, p.run.rule)))
+        replace(p, run=replace(p.run, lr=replace(p.run, lr=None).peak_lr))
         for p in _grid(protocol, seeds, (*NORMPROP, "batch", "none"), settings)
     ]
 

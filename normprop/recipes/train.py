@@ -39,15 +39,11 @@ PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "64-true")
 BASE_LR = {"normprop": 0.05, "batch": 0.1, "group": 0.1, "layer": 0.1, "weight": 0.02, "none": 0.02}
 # The recommended rule's: with a trust region the step size hardly matters any more.
 RECOMMENDED_LR = 0.4
+# Where NormProp's weights take orthogonal steps it moves gains, biases and other layers alone (experiments/beyond).
+ORTHOGONAL_LR = 0.05
 TRUST_RADIUS = 0.01
 ORTHOGONAL_RADIUS = 0.02
 EVALUATION_BATCH = 500
-
-
-def default_lr(norm: str, batch_size: int, rule: str = "paper") -> float:
-    """Linear scaling below batch 128 (Goyal et al. 2017), constant above."""
-    base = RECOMMENDED_LR if (norm, rule) == ("normprop", "recommended") else BASE_LR[norm]
-    return base * min(1.0, batch_size / 128)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Run:
         width: Factor on the hidden channels.
         batch_size: Samples a step (and device).
         epochs: Passes over the data.
-        lr: Peak learning rate of the schedule; None for :func:`default_lr`.
+        lr: Peak learning rate of the schedule; None for the default of norm, rule and batch size.
         data_norm: ``"channel"`` (over the training set), ``"whitening"`` (the same, and uncorrelated),
             ``"global"`` (per pixel, over the training set: the paper's first choice), ``"batch"`` (per
             pixel, over the input batch: its second), ``"none"``.
@@ -110,8 +106,15 @@ class Run:
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate, asked for or by default."""
-        return default_lr(self.norm, self.batch_size, self.rule) if self.lr is None else self.lr
+        """The peak learning rate, asked for or by default: linear in the batch below 128 (Goyal et al. 2017)."""
+        if self.lr is not None:
+            return self.lr
+        base = BASE_LR[self.norm]
+        if self.norm == "normprop" and self.orthogonal:
+            base = ORTHOGONAL_LR
+        elif self.norm == "normprop" and self.rule == "recommended":
+            base = RECOMMENDED_LR
+        return base * min(1.0, self.batch_size / 128)
 
     @property
     def peak_radius(self) -> float | None:
