@@ -13,6 +13,7 @@ import argparse
 import copy
 import gc
 import json
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import normprop
 from normprop.graph.predict import walk
 from normprop.graph.trace import trace
+from normprop.recipes.export import export
 from normprop.recipes.results import environment, write_json
 from normprop.recipes.zoo import load_model
 
@@ -147,6 +149,7 @@ def check(spec: str) -> dict[str, Any]:
     fresh.zero_grad()
     row["promises"] = promises(fresh, small)
     row["fold"] = folds(fresh, small, other)
+    row["export"] = exports(fresh, small)
     del fresh, conversion
     gc.collect()
 
@@ -259,6 +262,20 @@ def folds(model: nn.Module, small: int, other: int) -> dict[str, Any]:
     }
 
 
+def exports(model: nn.Module, size: int) -> dict[str, float | str]:
+    """Largest relative difference of the files that ``normprop export`` writes, by format, or why there is none."""
+    found: dict[str, float | str] = {}
+    x = torch.randn(2, 3, size, size)
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("pt2", "onnx"):
+            try:
+                written = export(model, Path(folder) / f"model.{kind}", x)
+                found[kind] = max(written["errors"].values())
+            except Exception as error:  # whatever torch.export meets in other people's code
+                found[kind] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return found
+
+
 def step(model: nn.Module, x: Tensor) -> bool:
     """Whether a training step at batch size 1 changes the output and leaves it finite."""
     before = first_output(model(x)).detach()
@@ -306,22 +323,30 @@ def failures(row: dict[str, Any]) -> list[str]:
             for kind in ("fold", "fold_preserved")
             for dtype, limit in (("float32", 1e-4), ("float64", 1e-9))
         ),
+        *(
+            (f"export {kind}: {error}", not (isinstance(error, float) and error < 1e-4))
+            for kind, error in row.get("export", {}).items()
+        ),
         ("ours left after fold", bool(row["fold"]["ours"] or row["fold_preserved"]["ours"])),
     ):
         found += [name] if bad else []
     return found
 
 
+def digits(error: float | str) -> str:
+    return f"{error:.0e}" if isinstance(error, float) else "none"
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
         "| model | sites | skipped | seconds | std in range | agrees | gradient first/last (predicted) | "
-        "preserve f32 / f64 | fold f32 / f64 | misses |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "preserve f32 / f64 | fold f32 / f64 | pt2 / onnx | misses |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if "error" in row:
-            lines.append(f"| {row['model']} | | | | | | | | | {row['error']} |")
+            lines.append(f"| {row['model']} | | | | | | | | | | {row['error']} |")
             continue
         g = row.get("gradient")
         ratio = f"{g['measured']:.1f} ({g['predicted']:.1f})" if g else ""
@@ -329,7 +354,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['model'].split(':')[1]} | {row['sites']} | {len(row['skipped'])} | {row['seconds']:.1f} | "
             f"{row['in_range']:.2f} | {row['agree']:.2f} | {ratio} | "
             f"{row['preserve_float32']:.0e} / {row['preserve_float64']:.0e} | "
-            f"{row['fold']['float32']:.0e} / {row['fold']['float64']:.0e} | {', '.join(failures(row)) or '-'} |"
+            f"{row['fold']['float32']:.0e} / {row['fold']['float64']:.0e} | "
+            f"{' / '.join(digits(e) for e in row.get('export', {}).values())} | {', '.join(failures(row)) or '-'} |"
         )
     good = sum(not failures(row) for row in rows)
     strict = sum("error" not in row and not row["skipped"] for row in rows)
