@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from normprop.recipes import InputError, claims
 from normprop.recipes.claims import CLAIMS, PROTOCOLS, Protocol, run_key
 from normprop.recipes.data import load, subset
 from normprop.recipes.hidden import hidden_statistics
-from normprop.recipes.reproduce import reproduce
+from normprop.recipes.reproduce import reproduce, study
 from normprop.recipes.results import output_folder
 from normprop.recipes.summary import largest_lr, summarize
 from normprop.recipes.train import RULES, Run, fit
@@ -123,11 +124,25 @@ def test_a_second_command_runs_only_what_is_missing(tmp_path, monkeypatch):
     first = reproduce("convergence", out=tmp_path, only="seed0", **DIGITS)
     assert first["status"] == "complete"
     more = reproduce("convergence", out=tmp_path, only="none,seed1", seeds=2, **DIGITS)
-    assert (more["status"], more["finished"], more["planned"]) == ("partial", 11, 17)
+    assert (more["status"], more["finished"], more["planned"]) == ("partial", 13, 21)
     assert [row for row in more["rows"] if row["seed"] == 0] == first["rows"]
     assert [row["norm"] for row in more["rows"] if row["seed"] == 1] == ["none"]
     monkeypatch.setattr("normprop.recipes.reproduce.load", lambda _: pytest.fail("nothing was missing"))
-    assert reproduce("convergence", out=tmp_path, **DIGITS) == first
+    again = reproduce("convergence", out=tmp_path, **DIGITS)
+    assert (again["status"], again["finished"], again["planned"]) == ("complete", 12, 12)
+    assert again["rows"] == [*first["rows"], *(row for row in more["rows"] if row["seed"] == 1)]
+
+
+def test_rows_without_a_run_folder_are_kept_and_count_as_missing_here(tmp_path):
+    """Results come with the repository, the folders of their runs do not."""
+    first = reproduce("convergence", out=tmp_path, only="seed0", **DIGITS)
+    shutil.rmtree(tmp_path / "runs")
+    more = reproduce("convergence", out=tmp_path, only="weight,seed0", **DIGITS)
+    assert [row["key"] for row in more["rows"]] == [row["key"] for row in first["rows"]]
+    assert (more["status"], more["findings"]) == ("complete", first["findings"])
+    here = study("convergence", "tiny", "digits", None, tmp_path)
+    assert len(here.missing("")) == first["planned"] - 1
+    assert here.missing("weight,seed0") == []
 
 
 def test_an_interrupted_command_keeps_its_epochs_marked_partial_and_goes_on(tmp_path, monkeypatch):

@@ -28,12 +28,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{norm: {"norm": norm} for norm in NORMS if norm != "normprop"},
 }
 RIVALS = ("normprop, recommended", "batch")
-AIDED: dict[str, dict[str, Any]] = {
-    f"{name}, {aid}": VARIANTS[name] | change
-    for aid, change in (("whitened", {"data_norm": "whitening"}), ("orthogonal", {"orthogonal": True}))
-    for name in RIVALS
-}
 NORMPROP = ("normprop, paper", "normprop, recommended")
+AIDS: dict[str, dict[str, Any]] = {
+    "whitened": {"data_norm": "whitening"},
+    "orthogonal": {"orthogonal": True},
+}
+AIDED = {
+    f"{name}, {aid}": VARIANTS[name] | change
+    for aid, change in AIDS.items()
+    for name in (*NORMPROP, "batch")
+}
 BATCH_SIZES = (1, 2, 4, 8, 16, 50, 100, 250)
 LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 ACTIVATIONS = (
@@ -189,7 +193,7 @@ def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Ro
     if protocol.name == "full":
         return _grid(protocol, seeds, (*NORMPROP, "batch"))
     wide = _grid(protocol, 1, (*NORMPROP, "batch"), [{"width": 1.0}])
-    return [*_grid(protocol, seeds, VARIANTS), *wide]
+    return [*_grid(protocol, seeds, (*VARIANTS, *(f"{name}, orthogonal" for name in NORMPROP))), *wide]
 
 
 def _batch_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
@@ -220,7 +224,7 @@ def _step_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]
 
 def _beyond(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     """First a step size for each model and norm, on held-out training images; then the runs that count."""
-    variants = (*RIVALS, *AIDED)
+    variants = (*RIVALS, *(f"{name}, {aid}" for aid in AIDS for name in RIVALS))
     models: list[dict[str, Any]] = [
         {"model": protocol.base.model, "width": protocol.base.width},
         {"model": "resnet20", "width": 1.0},

@@ -24,6 +24,7 @@ VARIANT_COLORS = {
     "normprop, recommended, whitened": "#e8743b",
     "batch, whitened": "#56b4e9",
     "normprop, recommended, orthogonal": "#7b2cbf",
+    "normprop, paper, orthogonal": "#b185db",
     "batch, orthogonal": "#2d6a4f",
 }
 # Test error in percent, by data set and flips: Arpit et al. 2016, table 1.

@@ -1,7 +1,8 @@
 """``normprop reproduce``: run what a claim still lacks, collect all its runs, write results and figure.
 
 Every run is ``train`` into a folder of its own, ``runs/KEY``, which all claims share; so a run resumes
-after a kill, two commands can share a claim, and ``results.json`` is made of the run folders alone.
+after a kill, two commands can share a claim, and ``results.json`` is made of the run folders and of the rows
+that it held before, which may be another machine's.
 """
 
 from __future__ import annotations
@@ -80,17 +81,28 @@ class Study:
         return self.runs / self.key(planned)
 
     def gather(self) -> tuple[list[Planned], list[Row]]:
-        """All runs of the claim, and the rows of those that have begun, finished or not."""
+        """All runs of the claim, and the rows of those that have begun, finished or not.
+
+        Where a run has no folder here its row is the one that ``results.json`` holds, if it does.
+        """
         rows: list[Row] = []
+        kept = self.kept()
         assert self.claim.plan is not None
         while True:  # what a later stage runs follows from the rows of the one before
             planned = self.claim.plan(self.protocol, self.dataset, self.seeds, rows)
-            rows = [row for one in planned if (row := self.row(one)) is not None]
+            found = [self.row(one) or kept.get((self.key(one), one.stage)) for one in planned]
+            rows = [row for row in found if row is not None]
             if self.claim.plan(self.protocol, self.dataset, self.seeds, rows) == planned:
                 return planned, rows
 
+    def kept(self) -> dict[tuple[str, str], Row]:
+        """The rows that ``results.json`` holds, by key and stage: others may have made them elsewhere."""
+        path = self.out / "results.json"
+        rows = json.loads(path.read_text())["rows"] if path.exists() else []
+        return {(row["key"], row["stage"]): row for row in rows}
+
     def row(self, planned: Planned) -> Row | None:
-        """What ``results.json`` says of a run; None if it has not finished an epoch.
+        """What the folder of a run says of it; None if it has not finished an epoch here.
 
         Raises:
             InputError: If its folder holds another run.
@@ -130,16 +142,23 @@ class Study:
                 )
 
     def missing(self, only: str) -> list[Planned]:
-        """The runs whose key has ``only`` in it that are not finished."""
-        planned, rows = self.gather()
-        finished = {row["key"] for row in rows if row["status"] != "partial"}
-        return [p for p in planned if _has(self.key(p), only) and self.key(p) not in finished]
+        """The runs whose key has ``only`` in it that are not finished here."""
+        asked = [p for p in self.gather()[0] if _has(self.key(p), only)]
+        return [p for p in asked if (self.row(p) or {"status": "partial"})["status"] == "partial"]
 
     def collect(self) -> Row:
-        """Write ``results.json`` from all run folders; what it holds."""
+        """Write ``results.json`` from all run folders and what it held before; what it holds."""
         with _writable(self.out, self.runs), exclusive(self.runs):
             planned, rows = self.gather()
             finished = sum(row["status"] != "partial" for row in rows)
+            keys = {row["key"] for row in rows}
+            settings = {self.key(one).rpartition("-seed")[0] for one in planned}
+            # More seeds than were asked for now.
+            rows += [
+                r
+                for k, r in self.kept().items()
+                if k[0] not in keys and k[0].rpartition("-seed")[0] in settings
+            ]
             result = self._result(rows, finished == len(planned)) | {
                 "planned": len(planned),
                 "finished": finished,
