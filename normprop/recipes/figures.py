@@ -96,14 +96,13 @@ def _accuracy_axes(axis: Any, rows: Sequence[Row], x: str) -> None:
 def convergence(result: Row, path: Path) -> None:
     """Test accuracy by epoch, a line a variant, a panel a network."""
     panels = _groups(result["rows"], "model", "width")
-    with new_figure(path, max(1, len(panels))) as (figure, axes):
+    with new_figure(path, max(1, len(panels)), width=6, height=5) as (figure, axes):
         for axis, rows in zip(axes.flat, panels.values(), strict=True):
             for label, mine in _groups(rows, "label").items():
-                _curve(axis, mine, label, color=VARIANT_COLORS[label])
-            seeds = len(_groups(rows, "seed"))
-            axis.set_title(f"{_network(rows[0])}, {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
+                _curve(axis, mine, f"{label}, n = {len(mine)}", color=VARIANT_COLORS[label])
+            axis.set_title(_network(rows[0]), fontsize=10)
             _accuracy_axes(axis, rows, "epoch")
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
         figure.suptitle(_title(result, BANDS), fontsize=10)
 
 
