@@ -377,19 +377,18 @@ def main() -> None:
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in rows if "error" not in row]
     if arguments.only:
-        names = [f"{arguments.library}:{name}" for name in arguments.only.split(",")]
-        rows = [row for row in rows if row["model"] not in names]
+        waiting = [f"{arguments.library}:{name}" for name in arguments.only.split(",")]
     else:
         names = torchvision_names() if arguments.library == "torchvision" else timm_names()
-    done = {row["model"] for row in rows}
+        done = {row["model"] for row in rows}
+        waiting = [name for name in names if name not in done]
     started = time.perf_counter()
-    waiting = [name for name in names if name not in done]
     for number, name in enumerate(waiting, 1):
         try:
             row = check(name)
         except Exception as error:
             row = {"model": name, "error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-        rows.append(row)
+        rows = [other for other in rows if other["model"] != name] + [row]
         rows.sort(key=lambda row: row["model"])
         write_json(path, {"environment": environment(), "rows": rows})
         (arguments.out / f"{arguments.library}.md").write_text(table(rows) + "\n")
