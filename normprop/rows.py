@@ -103,11 +103,13 @@ def parts(values: Tensor) -> list[slice]:
     On a CPU fresh memory is slower than arithmetic: of what several passes over a part make, none leaves the
     cache. Where the work is traced, transformed or to be differentiated nothing may be written in place.
     """
-    if values.device.type != "cpu" or values.numel() <= PART or len(values) == 1 or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
         return []
-    if type(values) not in (Tensor, nn.Parameter) or torch.compiler.is_compiling() or in_forward_mode():
+    if values.device.type != "cpu" or values.numel() <= PART or len(values) == 1:
         return []
-    if torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack():
+    if type(values) not in (Tensor, nn.Parameter) or in_forward_mode():
+        return []
+    if torch._C._functorch.peek_interpreter_stack() or torch._C._len_torch_dispatch_stack():
         return []
     step = max(1, PART // values[0].numel())
     return [slice(first, first + step) for first in range(0, len(values), step)]
@@ -365,7 +367,8 @@ def _pull_back(
 
     views = [row_view(grad, *geometry) for grad, geometry in grads]
     sums = [_sums(v, r, centered) for v, r in zip(views, rows, strict=True)]
-    dots, levels = [dot for dot, _ in sums], [level for _, level in sums]
+    dots: list[Tensor] = [dot for dot, _ in sums]
+    levels: list[Any] = [level for _, level in sums]
     if centered:
         dots = [
             torch.addcmul(dot, level, m, value=-r.fan_in)
@@ -384,20 +387,29 @@ def _pull_back(
     return result, [radial] if len(rows) == 1 else radial.split(counts)
 
 
-def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor]:
-    """Of each row the gradient's product with it, and the gradient's mean (empty if nothing is centred)."""
+def _plain_parts(grad: Tensor, r: _Rows) -> list[slice]:
+    """:func:`parts`, if the gradient is no batch of gradients and no tensor of another kind."""
+    plain = type(grad) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    return parts(r.values) if plain else []
+
+
+def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor | None]:
+    """Of each row the gradient's product with it, and the gradient's mean (None if nothing is centred)."""
     dots, levels = [], []
-    for at in parts(r.values) or (None,):
+    for at in _plain_parts(grad, r) or (None,):
         g, values = (grad, r.values) if at is None else (grad[at], r.values[at])
         g = _as(g, values.dtype)
         dots.append((g * values).sum(r.dims, keepdim=centered))
-        levels.append(g.mean(r.dims, keepdim=True) if centered else dots[-1])
-    return (dots[0], levels[0]) if len(dots) == 1 else (torch.cat(dots), torch.cat(levels))
+        if centered:
+            levels.append(g.mean(r.dims, keepdim=True))
+    if len(dots) == 1:
+        return dots[0], levels[0] if centered else None
+    return torch.cat(dots), torch.cat(levels) if centered else None
 
 
 def _combined(grad: Tensor, r: _Rows, scale: Tensor, pull: Tensor, shift: Tensor | None = None) -> Tensor:
     """``scale * grad - pull * row + shift``, with one number a row of each."""
-    slices = parts(r.values)
+    slices = _plain_parts(grad, r)
     if not slices:
         result = torch.addcmul(_as(grad, r.values.dtype) * scale, r.values, pull, value=-1.0)
         return result if shift is None else result.add_(shift)

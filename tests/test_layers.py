@@ -873,3 +873,15 @@ def test_forward_mode_derivatives(activation, rule):
     torch.testing.assert_close(tangent, (ends[0] - ends[1]) / 2e-6, rtol=1e-6, atol=1e-7)
     gradient = torch.func.grad(lambda w: run(w, x).square().sum())
     torch.testing.assert_close(torch.func.jacfwd(gradient)(weights), torch.func.jacrev(gradient)(weights))
+
+
+@pytest.mark.parametrize("part", [rows.PART, 8])
+def test_a_batch_of_gradients_at_once(part, monkeypatch):
+    monkeypatch.setattr(rows, "PART", part)
+    layer = normprop.NormPropLinear(6, 4, activation="gelu", dtype=torch.float64)
+    y = layer(torch.randn(5, 6, dtype=torch.float64)).sum(0)
+    one_by_one = [torch.autograd.grad(v, layer.weight, retain_graph=True)[0] for v in y]
+    (batch,) = torch.autograd.grad(
+        y, layer.weight, torch.eye(4, dtype=torch.float64), is_grads_batched=True
+    )
+    torch.testing.assert_close(batch, torch.stack(one_by_one))

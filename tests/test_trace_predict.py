@@ -621,6 +621,32 @@ def test_the_gradient_of_a_depthwise_layer_behind_a_global_average(activation, k
     assert_predicted(net, randn(32, 64, 16, 16), "01", mean=0.1, std=0.1, gradient=0.06)
 
 
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda self, x: x.mean((2, 3)),
+        lambda self, x: x.mean(3).mean(2),
+        lambda self, x: x.sum((2, 3)),
+        lambda self, x: F.avg_pool2d(x, 2).mean((2, 3)),
+        lambda self, x: F.adaptive_avg_pool2d(self.conv2(x) * x, 1).flatten(1),
+    ],
+    ids=["mean", "twice", "sum", "pooled before", "product"],
+)
+@pytest.mark.parametrize("kernel", [5, 7])
+def test_a_global_average_however_it_is_written(average, kernel):
+    rule = NormRule(gain=1.0)
+    torch.manual_seed(0)
+    layers = nn.Sequential(
+        NormPropConv2d(64, 256, 1, activation="silu", rule=rule),
+        NormPropConv2d(256, 256, kernel, padding=kernel // 2, groups=256, activation="silu", rule=rule),
+    )
+    last = Code(average)
+    last.conv2 = NormPropConv2d(256, 256, 1, activation=None, rule=rule)
+    net = nn.Sequential(layers, last, NormPropLinear(256, 64, activation=None))
+    measured, found = Measured(net, randn(32, 64, 12, 12)), predict(net, randn(32, 64, 12, 12))
+    assert abs(math.log(found["0.0"].gradient / measured["0.0"][2])) < math.log(1.06)
+
+
 def test_padding_and_concat_count_elements():
     x = randn(100, 16, 6, 6)
     code = Code(

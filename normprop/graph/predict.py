@@ -71,7 +71,7 @@ class Walk:
         # How a gradient's share of each position passes to the input's, of mean 1 if it was even.
         self.spreads: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
         # Of a gradient that is the same at all positions: what share of it is so at the input too.
-        self.evens: dict[fx.Node, float] = {}
+        self.evens: dict[fx.Node, float | dict[fx.Node, float]] = {}
         # What it adds where the taps of a sum of few terms overlap, over the input's values.
         self.overlaps: dict[fx.Node, Tensor] = {}
         self.notes: dict[fx.Node, str] = {}
@@ -166,6 +166,8 @@ class Walk:
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
+            if "Pool" in type(module).__name__:
+                self.evens[node] = float("Avg" in type(module).__name__)
             if "MaxPool" in type(module).__name__:
                 self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
             shapes = [shape(n) for n in inputs]
@@ -290,6 +292,8 @@ class Walk:
             return x.plus(y if what == "add" else y.affine(-1.0)), [1.0, 1.0]
         if what == "div":
             y, _ = y.apply(torch.reciprocal)
+        if shape(a) == shape(b):
+            self.evens[node] = {n: s.mean**2 / max(s.rms**2, 1e-30) for n, s in ((a, y), (b, x))}
         return x.times(y), [y.rms**2, x.rms**2]
 
     def _check_correlation(self, node: fx.Node, inputs: list[fx.Node]) -> None:
@@ -356,10 +360,10 @@ class Walk:
         self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
         z, small = Signal.gaussian(), 0 < fan_in <= SMALL_FAN_IN
+        every = max(1, len(length) // 8)
+        few = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, max(1, fan_in))[::every][:8]
         if small:
             self.notes[node] = f"fan_in {fan_in}: a sum of few terms, not Gaussian"
-            every = max(1, len(length) // 8)
-            few = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)[::every][:8]
             z = signal.combination(few)
         if taps is not None:
             slopes = torch.ones_like(energy)
@@ -379,13 +383,16 @@ class Walk:
             fewer = inside * taps.inside.numel() / math.prod(taps.before)
             summed = rows.flatten(2).sum(2).square().sum(1) * slope.square()
             self.evens[node] = fewer * _ratio(summed.mean(), passing(torch.ones_like(result.values)))
-        if small:
+        # Many taps of one channel tell no less of it than few do.
+        overlap = taps is not None and (small or rows.shape[1] == 1) and fan_in <= 16 * SMALL_FAN_IN
+        if small or overlap:
             sums, few_slopes = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
             # Over many random rows skewness has no sign.
             both = torch.cat([few, -few])
             sums, few_slopes = (t[:, ::every][:, :8].repeat(1, 2) for t in (sums, few_slopes))
             square = few_slopes.square()
-            if taps is not None:
+            if overlap:
+                assert taps is not None
                 met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), taps.pairs, rows.flatten(2))
                 related = _by_pair(signal, both, few_slopes, taps.pairs)
                 self.overlaps[node] = (met * slope.square()).mean() + related
@@ -452,6 +459,7 @@ class Walk:
             count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial  # type: ignore
         if count == 1:
             return signal, [1.0]
+        self.evens[node] = float(kind == "avg")
         if kind == "max":
             self.notes[node] = "max pool: neighbours taken as independent"
             return signal.maximum(count), [1.0]
@@ -492,6 +500,7 @@ class Walk:
 
     def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
         self.notes[node] = "softmax of independent logits"
+        self.evens[node] = 0.0
         size = (shape(node) or (2,))[-1]
         signal, _ = self._signal(source).apply(torch.exp)
         result = signal.affine(1 / (size * signal.mean))
@@ -533,6 +542,7 @@ class Walk:
                 share = factor(density) if callable(factor) else factor * mean
                 share = torch.as_tensor(share, dtype=torch.float64).expand_as(read.values)
                 even = min(1.0, evens.get(node, 0.0) / mean) if mean > 0 else 0.0
+                even = 1.0 if math.prod(positions(node)) == 1 else even
                 passed = self._evenness(node, source, even) * float((read.weights * share).sum())
                 evens[source] = evens.get(source, 0.0) + passed
                 if node in self.overlaps and callable(factor):  # not a weight that is an input
@@ -551,12 +561,8 @@ class Walk:
 
     def _evenness(self, node: fx.Node, source: fx.Node, even: float) -> float:
         """The share of a source's gradient that is the same at all positions, from that of the node's."""
-        if node in self.evens:
-            return even * self.evens[node]
-        if positions(node) == positions(source):
-            return even
-        name = operation_name(self.graph_module, node).lower()
-        return float(math.prod(positions(node)) == 1 and ("avg" in name or "mean" in name))
+        passed = self.evens.get(node, float(positions(node) == positions(source)))
+        return even * (passed.get(source, 0.0) if isinstance(passed, dict) else passed)
 
     def trace(self) -> SignalTrace:
         """The records."""
