@@ -334,7 +334,7 @@ def _ones(x: Tensor, axis: int, spatial: int) -> Tensor:
     Made from a slice of x, so that a traced graph makes them anew for another image size.
     """
     line = x[(..., *(slice(None) if index == axis else 0 for index in range(spatial)))]
-    line = line[:1].flatten(0, -2)[0]
+    line = line[:1].flatten(0, -2).sum(0)  # of an empty batch too
     return torch.ones_like(line, dtype=torch.float32) * torch.ones_like(line)  # float64 stays float64
 
 

@@ -1089,3 +1089,11 @@ def test_an_activation_in_place_before_arithmetic():
 
     x = randn(2, 3, 8, 8)
     assert convert(Net().double(), example=x).model(x).isfinite().all()
+
+
+def test_a_norm_of_positions_is_not_taken_for_one_of_a_linear_layers_features():
+    """Without an example: 5 positions of 7 features each."""
+    model = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(7, 3)).eval()
+    nn.init.normal_(model[1].running_mean)
+    x = torch.randn(4, 5, 6)
+    torch.testing.assert_close(normprop.convert(model, preserve=True).model(x), model(x))

@@ -726,3 +726,8 @@ def test_a_shifted_relu_is_a_maximum_that_leaves_its_input():
     assert [t.data_ptr() for t in kept] == [ours.data_ptr()]  # its output alone
     (gradient,) = torch.autograd.grad(ours.sum(), x)
     assert torch.equal(gradient, (before > -0.3).to(x.dtype))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_an_empty_batch_passes_an_adaptive_average(size):
+    assert NormalizedAdaptiveAvgPool2d(size)(torch.randn(0, 4, 5, 5)).shape == (0, 4, size, size)

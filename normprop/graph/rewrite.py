@@ -306,7 +306,8 @@ class Rewriter:
         assert source is not None
         size = shape(weight)
         if isinstance(source[1], nn.Linear):
-            return size is not None and len(size) == 2
+            features = getattr(self.module(norm), "num_features", source[1].out_features)
+            return size is not None and len(size) == 2 and features == source[1].out_features
         return size is None or len(size) == len(source[1].kernel_size) + 2  # type: ignore[arg-type]
 
     def find_gates(self) -> dict[fx.Node, tuple[int, fx.Node]]:
