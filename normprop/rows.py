@@ -389,8 +389,9 @@ def _pull_back(
 
 def _plain_parts(grad: Tensor, r: _Rows) -> list[slice]:
     """:func:`parts`, if the gradient is no batch of gradients and no tensor of another kind."""
-    plain = type(grad) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(grad)
-    return parts(r.values) if plain else []
+    slices = parts(r.values)  # none while compiling, which could not follow the next line
+    plain = slices and type(grad) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    return slices if plain else []
 
 
 def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor | None]:
