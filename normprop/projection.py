@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from normprop import kernels
 from normprop.merges import NormalizedAdd, NormalizedGate
 from normprop.modules import NormalizedActivation, _Handle, _NormProp
-from normprop.rows import Geometry, _norms, _rows, project_rows_, row_view
+from normprop.rows import Geometry, _norms, _rows, parts, project_rows_, row_view
 
 
 def project_(model: nn.Module) -> None:
@@ -265,12 +265,10 @@ def _tangent(layer: Any, weight: Tensor, step: Tensor) -> Tensor:
 
 def _row_distances(layer: Any, old: Tensor, new: Tensor) -> Tensor:
     """How far each row moved, shape (out,); on a CPU in parts that a cache holds, as fresh memory is slow."""
-    if layer.transposed or old.device.type != "cpu":
+    slices = [] if layer.transposed else parts(old)
+    if not slices:
         return _row_lengths(layer, new - old)
-    rows = max(1, 2**18 // max(1, old[0].numel()))
-    return torch.cat(
-        [_row_lengths(layer, b - a) for a, b in zip(old.split(rows), new.split(rows), strict=True)]
-    )
+    return torch.cat([_row_lengths(layer, new[at] - old[at]) for at in slices])
 
 
 def annealed(optimizer: torch.optim.Optimizer) -> float:

@@ -44,13 +44,14 @@ def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
 class _Rows(NamedTuple):
     """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie.
 
-    ``offset`` is one number a row that is still to be subtracted, or None.
+    ``slices`` are its :func:`parts`, ``offset`` one number a row that is still to be subtracted, or None.
     """
 
     values: Tensor
     dims: tuple[int, ...]
     fan_in: int
     shape: tuple[int, ...]
+    slices: Sequence[slice] = ()
     offset: Tensor | None = None
 
 
@@ -61,9 +62,11 @@ def _rows(weight: Tensor, geometry: Geometry) -> _Rows:
     if geometry[0]:
         groups, per_group, units = view.shape[:3]
         fan_in = per_group * math.prod(view.shape[3:])
-        return _Rows(view, fan_in_dims(view, True), fan_in, (groups, 1, units, *[1] * (view.ndim - 3)))
+        lie = (groups, 1, units, *[1] * (view.ndim - 3))
+        return _Rows(view, fan_in_dims(view, True), fan_in, lie, parts(view))
     shape = view.shape
-    return _Rows(view, tuple(range(1, len(shape))), math.prod(shape[1:]), (-1, *[1] * (len(shape) - 1)))
+    lie = (-1, *[1] * (len(shape) - 1))
+    return _Rows(view, tuple(range(1, len(shape))), math.prod(shape[1:]), lie, parts(view))
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -91,7 +94,7 @@ def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
     """Rows without their means, and the means."""
     means = _means(rows)
     centered = [
-        r._replace(offset=m) if parts(r.values) else r._replace(values=r.values - m)
+        r._replace(offset=m) if r.slices else r._replace(values=r.values - m)
         for r, m in zip(rows, means, strict=True)
     ]
     return centered, means
@@ -122,7 +125,7 @@ def _part(r: _Rows, at: slice) -> Tensor:
 def _norm(r: _Rows) -> Tensor:
     if r.offset is None:
         return torch.linalg.vector_norm(r.values, dim=r.dims)
-    return torch.cat([torch.linalg.vector_norm(_part(r, at), dim=r.dims) for at in parts(r.values)])
+    return torch.cat([torch.linalg.vector_norm(_part(r, at), dim=r.dims) for at in r.slices])
 
 
 def _norms(rows: Sequence[_Rows]) -> Tensor:
@@ -131,11 +134,10 @@ def _norms(rows: Sequence[_Rows]) -> Tensor:
 
 def _times(r: _Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows times one number each."""
-    slices = parts(r.values)
-    if not slices:
+    if not r.slices:
         return _as(r.values * scale, dtype)
     result = torch.empty_like(r.values, dtype=dtype)
-    for at in slices:
+    for at in r.slices:
         result[at] = _part(r, at) * scale[at]
     return result
 
@@ -387,11 +389,12 @@ def _pull_back(
     return result, [radial] if len(rows) == 1 else radial.split(counts)
 
 
-def _plain_parts(grad: Tensor, r: _Rows) -> list[slice]:
-    """:func:`parts`, if the gradient is no batch of gradients and no tensor of another kind."""
-    slices = parts(r.values)  # none while compiling, which could not follow the next line
-    plain = slices and type(grad) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(grad)
-    return slices if plain else []
+def _plain_parts(grad: Tensor, r: _Rows) -> Sequence[slice]:
+    """The rows' parts, if the gradient is no batch of gradients and no tensor of another kind."""
+    if not r.slices:  # so while compiling, which could not follow what comes next
+        return ()
+    plain = type(grad) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    return r.slices if plain else ()
 
 
 def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor | None]:

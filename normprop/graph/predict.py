@@ -360,8 +360,12 @@ class Walk:
         self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
         z, small = Signal.gaussian(), 0 < fan_in <= SMALL_FAN_IN
-        every = max(1, len(length) // 8)
-        few = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, max(1, fan_in))[::every][:8]
+        # Many taps of one channel tell no less of it than few do; their pairs must fit into memory.
+        lone = rows.shape[1] == 1 and fan_in <= 16 * SMALL_FAN_IN
+        overlap = taps if small or lone else None
+        if small or overlap is not None:
+            every = max(1, len(length) // 8)
+            few = rows.movedim(dims, tuple(range(-len(dims), 0))).reshape(-1, fan_in)[::every][:8]
         if small:
             self.notes[node] = f"fan_in {fan_in}: a sum of few terms, not Gaussian"
             z = signal.combination(few)
@@ -382,19 +386,16 @@ class Walk:
         elif taps is not None:
             fewer = inside * taps.inside.numel() / math.prod(taps.before)
             summed = rows.flatten(2).sum(2).square().sum(1) * slope.square()
-            self.evens[node] = fewer * _ratio(summed.mean(), passing(torch.ones_like(result.values)))
-        # Many taps of one channel tell no less of it than few do.
-        overlap = taps is not None and (small or rows.shape[1] == 1) and fan_in <= 16 * SMALL_FAN_IN
-        if small or overlap:
+            self.evens[node] = fewer * _even_share(summed, result, passing)
+        if small or overlap is not None:
             sums, few_slopes = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
             # Over many random rows skewness has no sign.
             both = torch.cat([few, -few])
             sums, few_slopes = (t[:, ::every][:, :8].repeat(1, 2) for t in (sums, few_slopes))
             square = few_slopes.square()
-            if overlap:
-                assert taps is not None
-                met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), taps.pairs, rows.flatten(2))
-                related = _by_pair(signal, both, few_slopes, taps.pairs)
+            if overlap is not None:
+                met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), overlap.pairs, rows.flatten(2))
+                related = _by_pair(signal, both, few_slopes, overlap.pairs)
                 self.overlaps[node] = (met * slope.square()).mean() + related
 
         def through(density: Tensor) -> Tensor | float:
@@ -415,7 +416,7 @@ class Walk:
         bias = ones * 0 if module.bias is None else module.bias.detach().double().cpu()
         self._uneven(node, source, signal, lambda u: finish(u * gain + bias))
         result, passing, slope = through_channels(signal.values, signal.weights, gain, bias, finish)
-        self.evens[node] = _ratio((gain * slope).square().mean(), passing(torch.ones_like(result.values)))
+        self.evens[node] = _even_share((gain * slope).square(), result, passing)
         return result, [passing]
 
     def _pad(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
@@ -495,7 +496,7 @@ class Walk:
         finish = exact if exact is not None else _same
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
         result, passing, slope = through_channels(ready.values, ready.weights, scale, shift, finish)
-        self.evens[node] = _ratio((scale * slope).square().mean(), passing(torch.ones_like(result.values)))
+        self.evens[node] = _even_share((scale * slope).square(), result, passing)
         return result, [lambda density: passing(density) / unit]
 
     def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
@@ -537,12 +538,12 @@ class Walk:
             mean = float((signal.weights * density).sum())
             place = places.get(node, torch.ones(positions(node), dtype=torch.float64))
             place = place / place.mean()
+            even = min(1.0, evens.get(node, 0.0) / mean) if mean > 0 else 0.0
+            even = 1.0 if math.prod(positions(node)) == 1 else even
             for source, factor in self.factors.get(node, ()):
                 read = self._signal(source)
                 share = factor(density) if callable(factor) else factor * mean
                 share = torch.as_tensor(share, dtype=torch.float64).expand_as(read.values)
-                even = min(1.0, evens.get(node, 0.0) / mean) if mean > 0 else 0.0
-                even = 1.0 if math.prod(positions(node)) == 1 else even
                 passed = self._evenness(node, source, even) * float((read.weights * share).sum())
                 evens[source] = evens.get(source, 0.0) + passed
                 if node in self.overlaps and callable(factor):  # not a weight that is an input
@@ -782,6 +783,11 @@ def _by_pair(signal: Signal, rows: Tensor, slopes: Tensor, pairs: Tensor) -> Ten
         alone = torch.einsum("ck,kl,cl->", mean, pairs, mean)
         total = total + (torch.einsum("ckn,kl,cln->n", terms, pairs, terms) - alone) / len(rows)
     return _interpolate(signal.standardized().values, coarse.values, total)
+
+
+def _even_share(common: Tensor, result: Signal, passing: Callable[[Tensor], float]) -> float:
+    """What share of a gradient that is the same everywhere stays so; ``common`` is its square, by channel."""
+    return _ratio(common.mean(), passing(torch.ones_like(result.values)))
 
 
 def _ratio(part: Tensor, whole: Tensor | float) -> float:
