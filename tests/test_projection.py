@@ -384,6 +384,22 @@ def test_trust_region_of_a_weight_that_is_measured_in_parts():
     assert 0.01 < max(change(layer, before, layer.state_dict())) < 0.0201
 
 
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED], ids=["paper", "recommended"])
+def test_a_step_is_the_same_by_parts(layer, rule, monkeypatch):
+    torch.manual_seed(0)
+    whole = layer(rule)
+    by_parts = copy.deepcopy(whole)
+    x = torch.randn(5, 6, *[6] * (whole.weight.ndim - 2))
+    for model, part in ((whole, 2**18), (by_parts, 8)):
+        monkeypatch.setattr("normprop.rows.PART", part)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)  # some units are bounded, some are not
+        normprop.attach_projection(opt, model, trust_radius=0.05)
+        model(x).square().mean().backward()
+        opt.step()
+    torch.testing.assert_close(by_parts.state_dict(), whole.state_dict())
+
+
 def test_trust_region_copies_anew_when_a_dtype_changes_between_steps():
     torch.manual_seed(0)
     layer = normprop.NormPropLinear(6, 4)

@@ -629,8 +629,9 @@ def test_the_gradient_of_a_depthwise_layer_behind_a_global_average(activation, k
         lambda self, x: x.sum((2, 3)),
         lambda self, x: F.avg_pool2d(x, 2).mean((2, 3)),
         lambda self, x: F.adaptive_avg_pool2d(self.conv2(x) * x, 1).flatten(1),
+        lambda self, x: F.adaptive_avg_pool2d(x * (2 + self.conv2(x)), 1).flatten(1),
     ],
-    ids=["mean", "twice", "sum", "pooled before", "product"],
+    ids=["mean", "twice", "sum", "pooled before", "product", "product with a mean"],
 )
 @pytest.mark.parametrize("kernel", [5, 7])
 def test_a_global_average_however_it_is_written(average, kernel):
