@@ -205,11 +205,13 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """Train one model; checkpoints after every epoch, --resume goes on after a stop."""
+        import os
         import time
 
+        import torch
         from rich.console import Console
 
-        from normprop.recipes import InputError, duration
+        from normprop.recipes import InputError, check_count, duration
         from normprop.recipes.data import load
         from normprop.recipes.train import Run, is_first_process, train as fit
 
@@ -235,10 +237,10 @@ if typer is not None:
             orthogonal,
         )
         measured = run.measures.replace("_", " ")
-        if devices != "auto" and not (devices.isdigit() and int(devices) > 0):
-            raise InputError(f"--devices {devices}: expected a number above 0, or auto")
-        if nodes < 1:
-            raise InputError(f"--nodes {nodes}: expected at least 1")
+        most = torch.cuda.device_count() or os.cpu_count() or 1
+        if devices != "auto" and not (devices.isdigit() and 0 < int(devices) <= most):
+            raise InputError(f"--devices {devices}: expected 1 to {most}, which this machine has, or auto")
+        check_count("--nodes", nodes)
         console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
         data = load(dataset)
         started, first = time.perf_counter(), None
@@ -290,7 +292,6 @@ if typer is not None:
         """The same model under several norms and batch sizes: a table, results.json and a figure."""
         from rich.console import Console
 
-        from normprop.recipes import InputError
         from normprop.recipes.compare import compare as run_all
         from normprop.recipes.data import load
         from normprop.recipes.train import Run
@@ -310,9 +311,6 @@ if typer is not None:
             precision,
             limit_train_batches,
         )
-        for size in sizes:
-            if size < 1:
-                raise InputError(f"--batch-sizes {size}: expected at least 1")
         console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
         result = run_all(run, load(dataset), norms.split(","), sizes, seeds, out, console)
         if json:
@@ -415,18 +413,23 @@ if typer is not None:
         else:
             console.print(f"{out}/bench.png, {out}/bench.json")
 
+    Source = Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="torchvision:NAME, timm:NAME, package.module:factory, or a FILE.pt that torch.save or "
+            "'normprop convert' wrote. Reading a file runs code that it holds: open only what you trust.",
+        ),
+    ]
+    InputSize = Annotated[
+        str | None,
+        typer.Option(help="Shape of one sample, such as 3x224x224; by default what the model says."),
+    ]
+
     @app.command()
     def inspect(
-        model: Annotated[
-            str,
-            typer.Argument(
-                help="torchvision:NAME, timm:NAME, or package.module:factory, callable without arguments."
-            ),
-        ],
-        input_size: Annotated[
-            str | None,
-            typer.Option(help="Shape of one sample, such as 3x224x224; by default what the model says."),
-        ] = None,
+        model: Source,
+        input_size: InputSize = None,
         batch: Annotated[int, typer.Option(help="Samples, drawn from N(0, 1).")] = 8,
         seed: Annotated[int, typer.Option(help="Seed of weights, input and gradient.")] = 0,
         convert: Annotated[
@@ -445,15 +448,16 @@ if typer is not None:
 
         import torch
 
-        from normprop.recipes import InputError
+        from normprop.recipes import InputError, check_count, check_seed
+        from normprop.recipes.export import load
         from normprop.recipes.results import environment, output_folder, write_json
-        from normprop.recipes.zoo import input_size as size_of, load_model
+        from normprop.recipes.zoo import input_size as size_of
 
-        if batch < 1:
-            raise InputError(f"--batch {batch}: expected at least 1")
+        check_count("--batch", batch)
+        check_seed(seed)
         torch.manual_seed(seed)
-        network = load_model(model)
-        size = size_of(network, input_size)
+        network = load(model)
+        size = size_of(network, input_size, batch)
         try:
             if convert:
                 network = normprop.convert(network, example=torch.empty(batch, *size)).model
@@ -474,18 +478,6 @@ if typer is not None:
         if not json:
             print(f"{out}/signal.png, {out}/signal.json")
 
-    Source = Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="torchvision:NAME, timm:NAME, package.module:factory, or a FILE.pt that torch.save or "
-            "'normprop convert' wrote. Reading a file runs code that it holds: open only what you trust.",
-        ),
-    ]
-    InputSize = Annotated[
-        str | None,
-        typer.Option(help="Shape of one sample, such as 3x224x224; by default what the model says."),
-    ]
     Preserve = Annotated[
         bool,
         typer.Option(
@@ -672,12 +664,15 @@ def _converted(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    from normprop.recipes import InputError
+    from normprop.recipes import InputError, check_count
 
     try:
-        return [int(number) for number in text.split(",")]
+        numbers = [int(number) for number in text.split(",")]
     except ValueError as error:
         raise InputError(f"{option} {text}: expected whole numbers separated by commas") from error
+    for number in numbers:
+        check_count(option, number)
+    return numbers
 
 
 def _print_json(value: Any) -> None:

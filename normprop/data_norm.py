@@ -80,7 +80,7 @@ class GlobalDataNorm(nn.Module):
 
         Raises:
             ValueError: If there is no data, or it is not finite, or batches differ in shape.
-            TypeError: If a batch holds no tensor, or data is a Dataset of single samples.
+            TypeError: If a batch holds no tensor of real numbers, or data does not come in batches.
         """
         if per not in ("element", "channel"):
             raise ValueError(f"per must be 'element' or 'channel', got {per!r}")
@@ -88,13 +88,19 @@ class GlobalDataNorm(nn.Module):
             raise TypeError(
                 "data must come in batches: wrap the Dataset, GlobalDataNorm.fit(DataLoader(dataset, batch_size=256))"
             )
+        if not isinstance(data, (Tensor, Iterable)) or hasattr(data, "__array_interface__"):
+            raise TypeError(
+                f"data must be a tensor, a DataLoader or another iterable of batches, got {type(data).__name__}"
+            )
         total: GlobalDataNorm | None = None
         for index, batch in enumerate([data] if isinstance(data, Tensor) else data):
             x = first_tensor(batch)
-            if x.ndim < 2:
+            if x.ndim < 2 or 0 in x.shape[1:]:
                 raise ValueError(
                     f"batch {index} has shape {tuple(x.shape)}, expected (batch, features, ...)"
                 )
+            if x.is_complex():
+                raise TypeError(f"batch {index} is {x.dtype}, expected real numbers")
             if x.shape[0] == 0:
                 continue
             part = cls._of_batch(x, per)
@@ -168,7 +174,7 @@ class GlobalDataNorm(nn.Module):
             )
         dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
         std = torch.where(self.std > 0, self.std, 1.0)
-        return ((input - self.mean) / std).to(dtype)
+        return ((input.to(self.mean.dtype) - self.mean) / std).to(dtype)
 
     def extra_repr(self) -> str:
         count = "meta" if self.count.is_meta else self.count.item()

@@ -74,13 +74,14 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
         inputs = _inputs(data)
         if len(devices) == 1:
             inputs = tuple(x.to(next(iter(devices))) for x in inputs)
-        twin = copy.deepcopy(model).requires_grad_(False)
+        twin = copy.deepcopy(model)
         try:
             graph_module = tracing.trace(twin, inputs)
         except tracing.TraceError:
             with _refusal_told(inputs):  # is it the data's shape, or the code?
                 copy.deepcopy(twin)(*inputs)
             raise
+        twin.requires_grad_(False)
         wanted = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         if len(inputs) > len(wanted) and not any(str(node.target).startswith("*") for node in wanted):
             raise DataError(

@@ -128,6 +128,10 @@ def standard_constants(activation: nn.Module | None) -> tuple[float, float] | No
     if activations.is_learned(activation):
         return None
     result = activations.moments(activation)
+    if result.std <= 1e-12 * abs(result.mean):
+        raise ValueError(
+            f"activation {activations.name_of(activation)} is constant under N(0, 1): nothing of it can be normalised"
+        )
     return result.mean, result.std
 
 

@@ -36,10 +36,14 @@ class _NormProp(nn.Module):
             raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
         self.rule = rule
         self.activation = None if activation is None else activations.as_module(activation)
+        self.standard = functional.standard_constants(self.activation)
         self.initial_gain = initial_gain(rule, self.activation)
         if self.activation is not None:
             self.activation.to(self.weight.device, self.weight.dtype)
-        self.standard = functional.standard_constants(self.activation)
+        if out_features and not self.fan_in:
+            raise ValueError(
+                f"expected at least 1 input to each output unit, got weight {tuple(self.weight.shape)}"
+            )
         if rule.centered and self.fan_in == 1:
             raise ValueError(
                 "rule.centered needs at least 2 inputs to each output unit, got 1 "
@@ -328,7 +332,13 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
             activation = type(activation)()
     with torch.no_grad():
         jacobian = activations.moments(activation).jacobian
-        return 1.0 / (jacobian if isinstance(jacobian, float) else float(jacobian.mean()))
+    jacobian = jacobian if isinstance(jacobian, float) else float(jacobian.mean())
+    if jacobian == 0.0:
+        raise ValueError(
+            f"activation {activations.name_of(activation)} has slope 0: no gradient passes it, and the rule's "
+            'gain "jacobian" is infinite; pass another activation'
+        )
+    return 1.0 / jacobian
 
 
 def _map(steps: Sequence[tuple[Callable[..., Tensor], Any]], dim: int) -> fx.GraphModule:

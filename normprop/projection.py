@@ -79,7 +79,7 @@ def attach_projection(
         ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own
             (pruned, parametrized), or the radius is not above 0; if orthogonal, also if it is missing, or
             a weight is in half precision, where rounding decides a small step's direction.
-        TypeError: If the optimizer takes no hooks.
+        TypeError: If the optimizer takes no hooks, or is LBFGS with a trust radius.
 
     Example:
         >>> layer = normprop.NormPropLinear(3, 2)
@@ -124,6 +124,10 @@ def attach_projection(
     if orthogonal and half:
         raise ValueError(
             f"orthogonal steps need float32 weights, {half[0]}: keep weights float32, use torch.autocast"
+        )
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "LBFGS makes many moves in a step, which a trust radius cannot bound: leave trust_radius out"
         )
     region = _TrustRegion(model, trust_radius, orthogonal)
     before = optimizer.register_step_pre_hook(region.remember)

@@ -76,7 +76,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _join(vectors: Sequence[Tensor]) -> Tensor:
     """One vector of them all."""
-    flat = [v if v.ndim == 1 else v.flatten() for v in vectors]
+    flat = [v if v.ndim == 1 else v.reshape(-1) for v in vectors]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 

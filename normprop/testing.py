@@ -67,6 +67,12 @@ def _check_finite(x: Tensor) -> None:
         raise ValueError("x holds NaN or infinite values; the checks need finite data")
 
 
+def _only_tensor(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"the model returns a {type(output).__name__}; these checks need one tensor")
+    return output
+
+
 def _gap(actual: Tensor, expected: Tensor, among: Tensor) -> float:
     """Largest difference, relative to the largest value of all that are ``among`` them."""
     scale = among.abs().max().clamp_min(torch.finfo(among.dtype).tiny)
@@ -93,7 +99,7 @@ def assert_batch_independent(model: nn.Module, x: Tensor, tolerance: float | Non
     _check_finite(x)
     twin = _prepared(model)
     with torch.no_grad():
-        together = twin(x)
+        together = _only_tensor(twin(x))
         limit = _tolerance(together.dtype) if tolerance is None else tolerance
         for index in range(x.shape[0]):
             try:
@@ -102,6 +108,11 @@ def assert_batch_independent(model: nn.Module, x: Tensor, tolerance: float | Non
                 raise AssertionError(
                     f"the model fails on sample {index} alone: {error}{_suspects(model)}"
                 ) from error
+            if alone.shape[:1] != (1,) or together.shape[:1] != x.shape[:1]:
+                raise ValueError(
+                    f"the model makes an output of shape {tuple(together.shape)} of {len(x)} samples and "
+                    f"{tuple(alone.shape)} of one; expected one row a sample"
+                )
             gap = _gap(alone[0], together[index], together)
             if not gap <= limit:
                 raise AssertionError(
@@ -131,6 +142,7 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor) -> None:
             trained = twin(x)
         except Exception as error:
             raise AssertionError(f"the model fails in train mode: {error}{_suspects(model)}") from error
+        _only_tensor(trained)
         changed = [n for n, b in twin.named_buffers() if not torch.equal(b, buffers[n])]
         evaluated = copy.deepcopy(twin).eval()(x)
     if not torch.equal(trained, evaluated):
@@ -163,10 +175,15 @@ def assert_accumulation_equals_batch(
 
     Raises:
         AssertionError: If a parameter's gradients differ, or the model refuses a micro-batch.
-        ValueError: If ``x`` is not finite, ``micro_batch`` is below 1, or nothing is trainable.
+        ValueError: If ``x`` is not finite or all one micro-batch, ``micro_batch`` is below 1, or nothing is
+            trainable.
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+    if len(x) <= micro_batch or len(y) != len(x):
+        raise ValueError(
+            f"x needs more samples than micro_batch={micro_batch} and y as many, got {len(x)} and {len(y)}"
+        )
     _check_finite(x)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameter")

@@ -134,6 +134,22 @@ def test_two_optimizers_share_nothing():
         conversion.update_optimizer_(torch.optim.LBFGS(model.parameters()))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_skipped_with_the_way_out():
+    model = nn.Sequential(nn.Linear(4, 3), torch.jit.script(nn.BatchNorm1d(3)))
+    for source in (model, torch.jit.script(model)):
+        (site,) = convert(source).skipped
+        assert (site.path, site.source) == ("1", "RecursiveScriptModule")
+        assert (
+            site.target == "TorchScript cannot be followed: convert the Python model that it was made from"
+        )
+        with pytest.raises(normprop.ConversionError, match="1 sites cannot be converted"):
+            convert(source, strict=True)
+    for follow in (normprop.fold, lambda m: normprop.measure(m, torch.randn(8, 4))):
+        with pytest.raises(normprop.TraceError, match="cannot follow TorchScript: pass the Python model"):
+            follow(torch.jit.script(model))
+
+
 # --- the parent's code ---------------------------------------------------------------------------
 
 

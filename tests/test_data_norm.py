@@ -117,6 +117,7 @@ def test_constant_features_become_0(value, batch):
 REFUSALS = [
     ([], {}, "no data: expected at least one batch with at least one sample"),
     (IMAGES[:0], {}, "no data"),
+    (torch.randn(5, 0), {}, "batch 0 has shape (5, 0), expected (batch, features, ...)"),
     (torch.randn(5), {}, "batch 0 has shape (5,), expected (batch, features, ...)"),
     ([IMAGES, torch.randn(4)], {}, "batch 1 has shape (4,), expected (batch, features, ...)"),
     ([IMAGES, IMAGES * float("nan")], {}, "batch 1 holds NaN or infinite values"),
@@ -138,6 +139,23 @@ def test_batches_without_a_tensor_are_refused():
             TypeError, match=f"a batch must be a tensor, or a tuple or dict with one, got {name}"
         ):
             GlobalDataNorm.fit([batch])
+
+
+@pytest.mark.parametrize("norm", [GlobalDataNorm, WhiteningDataNorm])
+def test_what_is_no_data_is_refused(norm):
+    for data, name in ((None, "NoneType"), (3, "int"), (np.ones((2, 3)), "ndarray")):
+        with pytest.raises(
+            TypeError, match=f"data must be a tensor, a DataLoader or .* batches, got {name}"
+        ):
+            norm.fit(data)
+    with pytest.raises(TypeError, match=r"batch 0 is torch\.complex64, expected real numbers"):
+        norm.fit(torch.randn(4, 3, dtype=torch.complex64))
+
+
+def test_truth_values_are_numbers():
+    x = torch.tensor([[True, False], [False, False], [True, True]])
+    for norm in (GlobalDataNorm, WhiteningDataNorm):
+        torch.testing.assert_close(norm.fit(x)(x), norm.fit(x.float())(x.float()))
 
 
 def test_images_of_different_sizes_fit_per_channel():

@@ -496,6 +496,9 @@ def test_inspect_prints_a_table_and_writes_files(folder, capsys):
     assert inspect("signalmodels:net", "--batch", "64", "--json") == 0
     again = json.loads(capsys.readouterr().out)
     assert again["records"] == value["records"]
+    torch.save(nn.Sequential(nn.Linear(20, 3)), "model.pt")
+    assert inspect("model.pt", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["records"][-1]["shape"] == [8, 3]
     assert inspect("signalmodels:net", "--every") == 0
     assert len(capsys.readouterr().out.splitlines()) == 5
 
@@ -521,7 +524,10 @@ def test_inspect_converts_first(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing"], "MODEL nothing: expected torchvision:NAME, timm:NAME or package.module:factory"),
+        (
+            ["nothing"],
+            "MODEL nothing: expected torchvision:NAME, timm:NAME, package.module:factory or a FILE.pt",
+        ),
         (["torchvision:"], "MODEL torchvision:: expected torchvision:NAME"),
         (["torchvision:resnet1"], "there is no resnet1; did you mean resnet18, "),
         (["signalmodels:nett"], "there is no nett; did you mean net?"),
@@ -531,6 +537,10 @@ def test_inspect_converts_first(folder, capsys, monkeypatch):
         (["signalmodels:text"], "text() gives a str; expected an nn.Module"),
         (["signalmodels:number"], "number is a int; expected a callable"),
         (["signalmodels:net", "--batch", "0"], "--batch 0: expected at least 1"),
+        (["signalmodels:net", "--batch", str(2**31)], f"--batch {2**31}: expected at most"),
+        (["signalmodels:net", "--seed", str(2**32)], f"--seed {2**32}: expected 0 to {2**32 - 1}"),
+        (["signalmodels:net", "--input-size", str(2**28)], "a batch of 8 is more than 2^31 numbers"),
+        (["nowhere.pt"], "MODEL nowhere.pt: no such file"),
         (["signalmodels:net", "--input-size", "3x0"], "--input-size 3x0: expected whole numbers above 0"),
         (
             ["signalmodels:net", "--input-size", "3x9"],

@@ -663,6 +663,9 @@ CONSTRUCTORS = [
         "num_features must be at least 1, got 0",
     ),
     (lambda: normprop.NormalizedActivation(None), TypeError, "activation must be a name"),
+    (lambda: normprop.NormPropLinear(0, 2), ValueError, "at least 1 input to each output unit"),
+    (lambda: normprop.NormPropLinear(3, 2, activation=torch.ones_like), ValueError, "constant under N"),
+    (lambda: normprop.NormPropLinear(3, 2, activation=torch.sign), ValueError, "sign has slope 0"),
     (lambda: NormRule(centered=1), ValueError, "centered must be True or False, got 1"),
     (
         lambda: NormRule(constants="fixed"),
@@ -878,7 +881,8 @@ def test_forward_mode_derivatives(activation, rule):
 @pytest.mark.parametrize("part", [rows.PART, 8])
 def test_a_batch_of_gradients_at_once(part, monkeypatch):
     monkeypatch.setattr(rows, "PART", part)
-    layer = normprop.NormPropLinear(6, 4, activation="gelu", dtype=torch.float64)
+    rule = replace(normprop.PAPER, centered=True)
+    layer = normprop.NormPropLinear(6, 4, activation="gelu", rule=rule, dtype=torch.float64)
     y = layer(torch.randn(5, 6, dtype=torch.float64)).sum(0)
     one_by_one = [torch.autograd.grad(v, layer.weight, retain_graph=True)[0] for v in y]
     (batch,) = torch.autograd.grad(

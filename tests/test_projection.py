@@ -128,6 +128,10 @@ def test_attached_projection_follows_every_step_until_removed(name, grouped):
 def test_attached_projection_works_with_a_closure():
     model = net()
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    with pytest.raises(
+        TypeError, match="LBFGS makes many moves in a step, which a trust radius cannot bound"
+    ):
+        normprop.attach_projection(optimizer, model, trust_radius=0.01)
     normprop.attach_projection(optimizer, model)
 
     def closure():

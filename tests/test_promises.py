@@ -71,7 +71,7 @@ def test_our_layers_keep_every_promise(rule, dtype):
         assert_batch_independent(model, x)
         assert_train_equals_eval(model, x)
         assert_train_equals_eval(model, x[:1])
-        for micro_batch in (1, 2, 4):
+        for micro_batch in range(1, n):
             assert_accumulation_equals_batch(model, x, y, F.cross_entropy, micro_batch)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -262,5 +262,17 @@ def test_the_checks_refuse_what_they_cannot_judge():
             check()
     with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
         assert_accumulation_equals_batch(net, x, y, F.mse_loss, micro_batch=0)
+    for labels, micro_batch in ((y, 4), (y[:3], 1)):
+        with pytest.raises(
+            ValueError, match=f"more samples than micro_batch={micro_batch} and y as many, got 4"
+        ):
+            assert_accumulation_equals_batch(net, x, labels, F.mse_loss, micro_batch)
+    with pytest.raises(
+        ValueError, match=r"shape \(8, 1\) of 4 samples and \(2, 1\) of one; expected one row"
+    ):
+        assert_batch_independent(nn.Sequential(net, nn.Flatten(0), nn.Unflatten(0, (-1, 1))), x)
+    for check in (assert_batch_independent, assert_train_equals_eval):
+        with pytest.raises(TypeError, match="the model returns a tuple; these checks need one tensor"):
+            check(nn.LSTM(3, 2), x)
     with pytest.raises(ValueError, match="no trainable parameter"):
         assert_accumulation_equals_batch(net.requires_grad_(False), x, y, F.mse_loss)

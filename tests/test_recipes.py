@@ -245,7 +245,13 @@ def run_cli(arguments, capsys, code=2):
         (["train", "--data-norm", "batch", "--batch-size", "1"], "use --data-norm global"),
         (["train", "--precision", "8"], "--precision 8: expected one of 32-true"),
         (["train", "--seed", "-1"], "--seed -1: expected 0 to 4294967295"),
-        (["train", "--devices", "many"], "--devices many: expected a number above 0, or auto"),
+        (["train", "--devices", "many"], "--devices many: expected 1 to "),
+        (["train", "--devices", "9999"], "--devices 9999: expected 1 to "),
+        (["train", "--batch-size", str(2**31)], f"--batch-size {2**31}: expected at most {2**31 - 1}"),
+        (["train", "--lr", "1e300"], "--lr 1e+300: expected a number above 0, at most 1e+30"),
+        (["train", "--weight-decay", "1e300"], "--weight-decay 1e+300: expected a number from 0 to 1e+30"),
+        (["train", "--norm", "batch", "--trust-radius", "1"], "plain steps of --norm batch have none"),
+        (["train", "--validation", "9999"], "--validation 9999: digits has 1437 training images"),
         (["train", "--nodes", "0"], "--nodes 0: expected at least 1"),
         (["train", "--width", "-1"], "--width -1.0: expected a number above 0"),
         (["train", "--model", "nin"], "--model nin needs images of at least 18x18, got 8x8"),
@@ -558,7 +564,7 @@ def test_the_trust_radius_follows_rule_and_batch_size():
         Run(orthogonal=True, trust_radius=0.0)
     with pytest.raises(InputError, match="the weights of --norm weight are no parameters"):
         Run(orthogonal=True, norm="weight")
-    with pytest.raises(InputError, match="--trust-radius -1: expected a number of at least 0"):
+    with pytest.raises(InputError, match="--trust-radius -1: expected a number from 0 "):
         Run(trust_radius=-1)
 
 

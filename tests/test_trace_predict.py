@@ -724,3 +724,10 @@ def test_a_layer_with_a_forward_of_its_own_names_the_way_out():
 def test_a_write_that_nobody_else_sees_is_followed():
     model, x = Code(harmless, conv=nn.Conv2d(3, 4, 3)), randn(2, 3, 8, 8).float()
     torch.testing.assert_close(normprop.fold(model, verify=x)(x), model(x))
+
+
+def test_weights_without_values_are_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with pytest.raises(ValueError, match=r"predict reads the weights, and '0\.weight' has no values"):
+        normprop.predict(model, torch.randn(2, 4))

@@ -185,7 +185,7 @@ def convert(
         report.notes.append(
             "preserve=True: constants 'none', rows not centred, plain sums and pools, whatever rule says"
         )
-    if not worker.norms_seen:
+    if not (worker.norms_seen or report.skipped):
         report.notes.append("no BatchNorm layer found: nothing to convert")
     if lost := _lost_methods(model, report.model):
         report.notes.append(f"the result computes forward() alone; it has no {', '.join(lost)}")
@@ -294,6 +294,13 @@ class Converter:
         self.norms_seen = any(isinstance(m, _BatchNorm) for m in model.modules())
 
     def run(self, example: Any) -> nn.Module:
+        for name, module in self.source.named_modules():
+            if "BatchNorm" in getattr(module, "original_name", ""):  # TorchScript's
+                self.skip(
+                    name,
+                    module,
+                    "TorchScript cannot be followed: convert the Python model that it was made from",
+                )
         if not self.norms_seen:
             self._skip_functional(example)
             return self.twin

@@ -54,7 +54,14 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
 
     Raises:
         TraceError: If torch.fx cannot follow the code.
+        ValueError: If weights are on the meta device.
     """
+    without = [name for name, p in model.named_parameters() if p.is_meta]
+    if without:
+        raise ValueError(
+            f"predict reads the weights, and '{without[0]}' has no values (device meta): "
+            "model.to_empty(device='cpu') and initialise it first"
+        )
     graph_module = tracing.trace(model, example)
     return walk(graph_module).trace()
 

@@ -267,6 +267,8 @@ def trace(
         TraceError: If torch.fx cannot follow the code.
         TypeError: If the example is no tensor and no tuple of tensors.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("torch.fx cannot follow TorchScript: pass the Python model that it was made from")
     if example is None:
         example = guess_example(model)
     inputs = None

@@ -5,6 +5,28 @@ class InputError(ValueError):
     """Bad input, told in one line: what was expected, what came, what to type."""
 
 
+def check_count(option: str, value: int | None, minimum: int = 1) -> None:
+    """Refuse a whole number below ``minimum``, or one that torch's sizes cannot hold; None is fine.
+
+    Raises:
+        InputError: If it is.
+    """
+    if value is not None and value < minimum:
+        raise InputError(f"{option} {value}: expected at least {minimum}")
+    if value is not None and value >= 2**31:
+        raise InputError(f"{option} {value}: expected at most {2**31 - 1}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that not every random generator takes.
+
+    Raises:
+        InputError: If it is below 0 or of more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed {seed}: expected 0 to {2**32 - 1}")
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: ``"12.0 s"``, ``"3.5 min"``, ``"2.1 h"``."""
     if seconds < 90:

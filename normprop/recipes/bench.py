@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import normprop
-from normprop.recipes import InputError
+from normprop.recipes import InputError, check_count
 from normprop.recipes.models import COLORS, Blocks, build, check_norms
 from normprop.recipes.results import environment, new_figure, output_folder, write_json
 from normprop.recipes.train import RULES, Run
@@ -79,8 +79,8 @@ class Case:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
-        if self.batch_size < 1:
-            raise InputError(f"--batch-sizes {self.batch_size}: expected at least 1")
+        check_count("--batch-sizes", self.batch_size)
+        check_count("--image", self.image)
 
 
 def network(case: Case, norm: str) -> nn.Module:
@@ -351,8 +351,7 @@ def bench(
         raise InputError(f"--device {device}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
-    if rounds < 1:
-        raise InputError(f"--rounds {rounds}: expected at least 1")
+    check_count("--rounds", rounds)
     rows: list[Row] = []
     result = {"rows": rows, **environment()}
     with output_folder(out), Progress(console=console, disable=not console.is_terminal) as progress:

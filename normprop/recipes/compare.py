@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from normprop.recipes import InputError
+from normprop.recipes import InputError, check_count
 from normprop.recipes.data import ImageData
 from normprop.recipes.models import COLORS, check_norms
 from normprop.recipes.results import environment, new_figure, output_folder, write_json
@@ -53,8 +53,7 @@ def compare(
     check_norms(norms)
     if not norms or not batch_sizes:
         raise InputError("--norms and --batch-sizes need at least one value each, separated by commas")
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected at least 1")
+    check_count("--seeds", seeds)
     runs = [
         replace(run, norm=norm, batch_size=batch_size, seed=run.seed + seed)
         for seed in range(seeds)

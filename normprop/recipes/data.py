@@ -66,9 +66,8 @@ def subset(data: ImageData, train_images: int | None = None, validation: int = 0
     count = len(data.train_y)
     wanted = validation + (1 if train_images is None else train_images)
     if wanted > count:
-        raise InputError(
-            f"--train-images {train_images} --validation {validation}: {data.name} has {count} training images"
-        )
+        asked = f"--train-images {train_images} " if train_images is not None else ""
+        raise InputError(f"{asked}--validation {validation}: {data.name} has {count} training images")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     held, rest = order[:validation], order[validation:][:train_images]
     chosen = replace(data, train_x=data.train_x[rest], train_y=data.train_y[rest])

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from normprop.recipes import InputError, duration
+from normprop.recipes import InputError, check_count, duration
 from normprop.recipes.claims import CLAIMS, PROTOCOLS, Claim, Planned, Protocol, run_key
 from normprop.recipes.data import ImageData, load
 from normprop.recipes.results import InUse, environment, exclusive, write_json
@@ -247,8 +247,7 @@ def study(claim: str, protocol: str, dataset: str, seeds: int | None, out: Path 
     for option, value, known in (("CLAIM", claim, CLAIMS), ("--protocol", protocol, PROTOCOLS)):
         if value not in known:
             raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds {seeds}: expected at least 1")
+    check_count("--seeds", seeds)
     chosen = PROTOCOLS[protocol]
     name = Path(dataset).name or dataset
     folder = Path("experiments") / claim if out is None else out
@@ -289,8 +288,7 @@ def reproduce(
         InputError: For bad arguments, a folder that cannot be written or holds results of something
             else, an ``only`` that no run has, or a process that was killed.
     """
-    if jobs < 1:
-        raise InputError(f"--jobs {jobs}: expected at least 1")
+    check_count("--jobs", jobs)
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {device}: expected auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import normprop
 from normprop.projection import annealed, orthogonal
-from normprop.recipes import InputError
+from normprop.recipes import InputError, check_count, check_seed
 from normprop.recipes.data import Batches, ImageData, subset
 from normprop.recipes.hidden import observe_hidden
 from normprop.recipes.models import build
@@ -44,6 +44,7 @@ ORTHOGONAL_LR = 0.05
 TRUST_RADIUS = 0.01
 ORTHOGONAL_RADIUS = 0.02
 EVALUATION_BATCH = 500
+LARGEST = 1e30  # of the numbers that float32 must hold
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,15 @@ class Run:
         )
         for name, minimum in (least | {"validation": 0}).items():
             value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {minimum}")
-        if self.trust_radius is not None and not 0 <= self.trust_radius < math.inf:
+            check_count(f"--{name.replace('_', '-')}", value, minimum)
+        if self.trust_radius is not None and not 0 <= self.trust_radius <= LARGEST:
             raise InputError(
-                f"--trust-radius {self.trust_radius}: expected a number of at least 0 (no limit)"
+                f"--trust-radius {self.trust_radius}: expected a number from 0 (no limit) to {LARGEST:g}"
+            )
+        if self.trust_radius and self.norm != "normprop" and not self.orthogonal:
+            raise InputError(
+                f"--trust-radius {self.trust_radius}: plain steps of --norm {self.norm} have none; pass "
+                "--orthogonal, or use --norm normprop"
             )
         if self.orthogonal and self.trust_radius == 0:
             raise InputError(
@@ -151,12 +156,11 @@ class Run:
             raise InputError(
                 "--orthogonal: the weights of --norm weight are no parameters; use --norm normprop"
             )
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"--weight-decay {self.weight_decay}: expected a number of at least 0")
-        if self.lr is not None and not 0 < self.lr < math.inf:
-            raise InputError(f"--lr {self.lr}: expected a number above 0")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+        if not 0 <= self.weight_decay <= LARGEST:
+            raise InputError(f"--weight-decay {self.weight_decay}: expected a number from 0 to {LARGEST:g}")
+        if self.lr is not None and not 0 < self.lr <= LARGEST:
+            raise InputError(f"--lr {self.lr}: expected a number above 0, at most {LARGEST:g}")
+        check_seed(self.seed)
         if self.data_norm == "batch" and self.batch_size == 1:
             raise InputError("--data-norm batch needs --batch-size of at least 2; use --data-norm global")
 

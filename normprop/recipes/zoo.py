@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from torch import nn
 from normprop.graph.trace import guess_example
 from normprop.recipes import InputError
 
-FORMS = "expected torchvision:NAME, timm:NAME or package.module:factory"
+FORMS = "expected torchvision:NAME, timm:NAME, package.module:factory or a FILE.pt"
 
 
 def load_model(spec: str) -> nn.Module:
@@ -39,11 +40,12 @@ def load_model(spec: str) -> nn.Module:
     return _from_code(spec, source, name)
 
 
-def input_size(model: nn.Module, text: str | None) -> tuple[int, ...]:
+def input_size(model: nn.Module, text: str | None, batch: int = 1) -> tuple[int, ...]:
     """Shape of one sample: as typed (``"3x224x224"``), or what the model says of itself.
 
     Raises:
-        InputError: If the text is not such a shape, or there is none and the model does not say.
+        InputError: If the text is not such a shape, there is none and the model does not say, or ``batch``
+            samples are more than 2^31 numbers.
     """
     if text is None:
         example = guess_example(model)
@@ -58,6 +60,8 @@ def input_size(model: nn.Module, text: str | None) -> tuple[int, ...]:
         raise InputError(
             f"--input-size {text}: expected whole numbers above 0 joined by x, such as 3x224x224"
         )
+    if batch * math.prod(size) >= 2**31:
+        raise InputError(f"--input-size {text}: a batch of {batch} is more than 2^31 numbers")
     return size
 
 
