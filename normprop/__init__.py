@@ -8,7 +8,8 @@ Read in this order:
     rows          weight rows scaled to given lengths, many layers at once
     functional    ``NormRule`` and the layer maths, stateless
     modules       the layers
-    merges        what stands between layers
+    merges        what stands between layers: sums, concatenations, gates, dropout
+    pools         the same: pools, upsampling
     data_norm     the data, normalised once
     projection    training aids
     graph         whole networks: trace, predict, convert (with rewrite), lighten, fold
@@ -41,23 +42,10 @@ from normprop.graph.lighten import lighten as lighten
 from normprop.graph.predict import predict as predict
 from normprop.graph.trace import TraceError as TraceError
 from normprop.merges import (
-    NormalizedAdaptiveAvgPool1d as NormalizedAdaptiveAvgPool1d,
-    NormalizedAdaptiveAvgPool2d as NormalizedAdaptiveAvgPool2d,
-    NormalizedAdaptiveAvgPool3d as NormalizedAdaptiveAvgPool3d,
-    NormalizedAdaptiveMaxPool1d as NormalizedAdaptiveMaxPool1d,
-    NormalizedAdaptiveMaxPool2d as NormalizedAdaptiveMaxPool2d,
-    NormalizedAdaptiveMaxPool3d as NormalizedAdaptiveMaxPool3d,
     NormalizedAdd as NormalizedAdd,
-    NormalizedAvgPool1d as NormalizedAvgPool1d,
-    NormalizedAvgPool2d as NormalizedAvgPool2d,
-    NormalizedAvgPool3d as NormalizedAvgPool3d,
     NormalizedCat as NormalizedCat,
     NormalizedDropout as NormalizedDropout,
     NormalizedGate as NormalizedGate,
-    NormalizedMaxPool1d as NormalizedMaxPool1d,
-    NormalizedMaxPool2d as NormalizedMaxPool2d,
-    NormalizedMaxPool3d as NormalizedMaxPool3d,
-    NormalizedUpsample as NormalizedUpsample,
     RectifiedSum as RectifiedSum,
     ShiftedReLU as ShiftedReLU,
     Standardize as Standardize,
@@ -72,6 +60,21 @@ from normprop.modules import (
     NormPropConvTranspose3d as NormPropConvTranspose3d,
     NormPropLinear as NormPropLinear,
     scale_together as scale_together,
+)
+from normprop.pools import (
+    NormalizedAdaptiveAvgPool1d as NormalizedAdaptiveAvgPool1d,
+    NormalizedAdaptiveAvgPool2d as NormalizedAdaptiveAvgPool2d,
+    NormalizedAdaptiveAvgPool3d as NormalizedAdaptiveAvgPool3d,
+    NormalizedAdaptiveMaxPool1d as NormalizedAdaptiveMaxPool1d,
+    NormalizedAdaptiveMaxPool2d as NormalizedAdaptiveMaxPool2d,
+    NormalizedAdaptiveMaxPool3d as NormalizedAdaptiveMaxPool3d,
+    NormalizedAvgPool1d as NormalizedAvgPool1d,
+    NormalizedAvgPool2d as NormalizedAvgPool2d,
+    NormalizedAvgPool3d as NormalizedAvgPool3d,
+    NormalizedMaxPool1d as NormalizedMaxPool1d,
+    NormalizedMaxPool2d as NormalizedMaxPool2d,
+    NormalizedMaxPool3d as NormalizedMaxPool3d,
+    NormalizedUpsample as NormalizedUpsample,
 )
 from normprop.projection import (
     attach_projection as attach_projection,

@@ -390,6 +390,15 @@ def _pieces(
     return (lambda u: row.phi(u, *values)), row.kinks(*values), closed
 
 
+def of_one_variable(activation: nn.Module) -> Callable[[Tensor], Tensor]:
+    """phi of a float64 vector on the CPU, with the parameters it has now; channels are averaged."""
+    if any(parameter.is_meta for parameter in activation.parameters()):
+        with torch.device("cpu"):  # built without values: those it starts with are the default's
+            activation = type(activation)()
+    phi = _pieces(copy.deepcopy(activation).double().cpu())[0]
+    return lambda u: phi(u).reshape(-1, u.shape[-1]).mean(0)
+
+
 def mean_var(module: nn.Module, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of an activation module under N(mean, std^2), differentiable.
 

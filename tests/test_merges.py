@@ -11,28 +11,30 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd import gradcheck
 
-from normprop import activations, merges
+from normprop import activations, merges, pools
 from normprop.merges import (
+    NormalizedAdd,
+    NormalizedCat,
+    NormalizedDropout,
+    NormalizedGate,
+    RectifiedSum,
+    ShiftedReLU,
+    Standardize,
+)
+from normprop.pools import (
     NormalizedAdaptiveAvgPool1d,
     NormalizedAdaptiveAvgPool2d,
     NormalizedAdaptiveAvgPool3d,
     NormalizedAdaptiveMaxPool1d,
     NormalizedAdaptiveMaxPool2d,
     NormalizedAdaptiveMaxPool3d,
-    NormalizedAdd,
     NormalizedAvgPool1d,
     NormalizedAvgPool2d,
     NormalizedAvgPool3d,
-    NormalizedCat,
-    NormalizedDropout,
-    NormalizedGate,
     NormalizedMaxPool1d,
     NormalizedMaxPool2d,
     NormalizedMaxPool3d,
     NormalizedUpsample,
-    RectifiedSum,
-    ShiftedReLU,
-    Standardize,
     max_constants,
 )
 from normprop.signal import Signal
@@ -183,7 +185,7 @@ POOLS = [
     ((5, 6, 4), 2, None, 0, 1, False),
     ((5, 6, 4), 3, 2, 1, 1, True),
 ]
-pools = pytest.mark.parametrize(
+every_pool = pytest.mark.parametrize(
     ("shape", "kernel", "stride", "padding", "dilation", "ceil_mode"), POOLS, ids=str
 )
 
@@ -194,7 +196,7 @@ def axes_of(shape, out, *arguments):
     return [windows(*axis) for axis in zip(shape, out, *per_axis, strict=True)]
 
 
-@pools
+@every_pool
 @pytest.mark.parametrize(("activation", "correlation"), [("relu", 0.0), (None, 0.7)])
 def test_max_pool_is_exact_in_every_window(
     shape, kernel, stride, padding, dilation, ceil_mode, activation, correlation
@@ -209,7 +211,7 @@ def test_max_pool_is_exact_in_every_window(
     axes = axes_of(shape, y.shape[2:], kernel, stride or kernel, padding, dilation)
     torch.testing.assert_close(y, by_loops(x, axes, greatest(activation, correlation)))
     torch.testing.assert_close(pool(x[0]), y[0])
-    stateless = merges.normalized_max_pool(
+    stateless = pools.normalized_max_pool(
         x, kernel, stride, padding, dilation, ceil_mode, activation, correlation
     )
     torch.testing.assert_close(stateless, y, rtol=0, atol=0)
@@ -228,7 +230,7 @@ def test_avg_pool_is_exact_in_every_window(shape, kernel, stride, padding, ceil_
     axes = axes_of(shape, y.shape[2:], kernel, stride or kernel, padding, 1)
     torch.testing.assert_close(y, by_loops(x, axes, average(correlation)))
     torch.testing.assert_close(pool(x[0]), y[0])
-    stateless = merges.normalized_avg_pool(x, kernel, stride, padding, ceil_mode, correlation)
+    stateless = pools.normalized_avg_pool(x, kernel, stride, padding, ceil_mode, correlation)
     torch.testing.assert_close(stateless, y, rtol=0, atol=0)
 
 
@@ -261,12 +263,12 @@ def test_adaptive_pools_are_exact_in_every_window(shape, output_size):
         pool = ADAPTIVE_AVG[spatial - 1](output_size, correlation=correlation)
         torch.testing.assert_close(pool(x), by_loops(x, axes, average(correlation)))
         torch.testing.assert_close(pool(x[0]), pool(x)[0])
-        stateless = merges.normalized_adaptive_avg_pool(x, output_size, correlation)
+        stateless = pools.normalized_adaptive_avg_pool(x, output_size, correlation)
         torch.testing.assert_close(stateless, pool(x), rtol=0, atol=0)
         pool = ADAPTIVE_MAX[spatial - 1](output_size, activation="silu", correlation=correlation)
         torch.testing.assert_close(pool(x), by_loops(x, axes, greatest("silu", correlation)))
         torch.testing.assert_close(pool(x[0]), pool(x)[0])
-        stateless = merges.normalized_adaptive_max_pool(x, output_size, "silu", correlation)
+        stateless = pools.normalized_adaptive_max_pool(x, output_size, "silu", correlation)
         torch.testing.assert_close(stateless, pool(x), rtol=0, atol=0)
 
 
@@ -316,7 +318,7 @@ def test_upsample_divides_by_the_root_of_the_variance(shape, arguments, correlat
     expected = F.interpolate(x, **arguments) / var.sqrt()
     layer = NormalizedUpsample(**arguments, correlation=correlation)
     torch.testing.assert_close(layer(x), expected)
-    stateless = merges.normalized_upsample(x, **arguments, correlation=correlation)
+    stateless = pools.normalized_upsample(x, **arguments, correlation=correlation)
     torch.testing.assert_close(stateless, expected)
 
 

@@ -15,7 +15,8 @@ import normprop
 from normprop import NormPropConv2d, NormPropLinear, NormRule, activations, predict
 from normprop.graph import trace as tracing
 from normprop.graph.trace import TraceError, key, trace
-from normprop.merges import NormalizedAdd, NormalizedMaxPool2d, Standardize
+from normprop.merges import NormalizedAdd, Standardize
+from normprop.pools import NormalizedMaxPool2d
 
 RECOMMENDED = normprop.RECOMMENDED
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from normprop import activations, functional, merges, modules
+from normprop import activations, functional, modules, pools
 from normprop.data_norm import DATA_NORMS, BatchDataNorm, WhiteningDataNorm
 from normprop.graph import trace as tracing
 from normprop.graph.lighten import lighten_
@@ -323,8 +323,8 @@ class _Folder:
             raise FoldError(f"{node.target}: its constants depend on the input's size; pass verify=")
         spatial = len(before) - 2
         x = torch.ones((), dtype=torch.float64).expand(1, 1, *before[2:])
-        counts = merges._adaptive_counts(x, spatial, module.output_size).reshape(-1).round().long().tolist()
-        found = merges._max_table(module.values, tuple(counts), module.correlation)
+        counts = pools._adaptive_counts(x, spatial, module.output_size).reshape(-1).round().long().tolist()
+        found = pools._max_table(module.values, tuple(counts), module.correlation)
         table = {n: found[n] for n in set(counts)}
         kind = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[spatial]
         pooled = self.module(str(node.target), kind(module.output_size), self.value(source))
@@ -332,9 +332,7 @@ class _Folder:
             mean, std = table[counts[0]]
             return _Value(pooled, 1 / std, -mean / std)
         like = next((p for p in self.source.parameters()), x)
-        size = [
-            n or before[2 + axis] for axis, n in enumerate(merges.per_axis(module.output_size, spatial))
-        ]
+        size = [n or before[2 + axis] for axis, n in enumerate(pools.per_axis(module.output_size, spatial))]
         maps = [
             self.buffer(
                 f"{node.target}_{name}",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normprop import activations, functional, merges, modules
+from normprop import activations, functional, merges, modules, pools
 from normprop.data_norm import DATA_NORMS, GlobalDataNorm
 from normprop.functional import NormRule
 from normprop.graph import trace as tracing
@@ -780,9 +780,7 @@ class Rewriter:
         if not isinstance(x, Tensor) or "AdaptiveAvg" not in type(pool).__name__ or x.ndim <= 2:
             return
         count = math.prod(x.shape[2:])
-        if count < 2 or any(
-            size not in (1, None) for size in merges.per_axis(pool.output_size, x.ndim - 2)
-        ):
+        if count < 2 or any(size not in (1, None) for size in pools.per_axis(pool.output_size, x.ndim - 2)):
             return
         share = float(x.flatten(2).float().mean(2).var() / x.float().var().clamp_min(1e-12))
         if math.isfinite(share):
@@ -820,25 +818,21 @@ def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | None) -> nn.Module | None:
     """The normalised twin of a pool; None if the node is none, is one already, or returns indices."""
-    if type(module).__module__ == merges.__name__:
+    if type(module).__module__ == pools.__name__:
         return None
     kind = type(module).__name__ if module is not None else key(node)
     if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.return_indices:
         names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        return getattr(merges, f"Normalized{kind}")(
-            **{n: getattr(module, n) for n in names}, activation=phi
-        )
+        return getattr(pools, f"Normalized{kind}")(**{n: getattr(module, n) for n in names}, activation=phi)
     if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        return getattr(merges, f"Normalized{kind}")(**{n: getattr(module, n) for n in names})
+        return getattr(pools, f"Normalized{kind}")(**{n: getattr(module, n) for n in names})
     if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-        return getattr(merges, f"Normalized{kind}")(module.output_size)
+        return getattr(pools, f"Normalized{kind}")(module.output_size)
     if isinstance(module, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)):
-        return getattr(merges, f"Normalized{kind}")(module.output_size, activation=phi)
+        return getattr(pools, f"Normalized{kind}")(module.output_size, activation=phi)
     if type(module) is nn.Upsample and module.mode in ("linear", "bilinear", "bicubic", "trilinear"):
-        return merges.NormalizedUpsample(
-            module.size, module.scale_factor, module.mode, module.align_corners
-        )
+        return pools.NormalizedUpsample(module.size, module.scale_factor, module.mode, module.align_corners)
     if module is not None or node.op not in ("call_function", "call_method"):
         return None
     rest = dict(zip(_POOL_ARGUMENTS.get(kind, ()), node.args[1:], strict=False)) | {
@@ -849,19 +843,19 @@ def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | N
     if any(isinstance(value, fx.Node) for value in rest.values()) or node.kwargs.get("return_indices"):
         return None
     if kind.startswith("max_pool"):
-        return getattr(merges, f"NormalizedMaxPool{kind[-2:]}")(**rest, activation=phi)
+        return getattr(pools, f"NormalizedMaxPool{kind[-2:]}")(**rest, activation=phi)
     if kind.startswith("avg_pool"):
-        return getattr(merges, f"NormalizedAvgPool{kind[-2:]}")(**rest)
+        return getattr(pools, f"NormalizedAvgPool{kind[-2:]}")(**rest)
     if kind.startswith("adaptive_avg_pool"):
-        return getattr(merges, f"NormalizedAdaptiveAvgPool{kind[-2:]}")(**rest)
+        return getattr(pools, f"NormalizedAdaptiveAvgPool{kind[-2:]}")(**rest)
     if kind.startswith("adaptive_max_pool"):
-        return getattr(merges, f"NormalizedAdaptiveMaxPool{kind[-2:]}")(**rest, activation=phi)
+        return getattr(pools, f"NormalizedAdaptiveMaxPool{kind[-2:]}")(**rest, activation=phi)
     if kind == "mean":
         dims = _argument(node, 1, "dim", None)
         size = shape(tensor_inputs(node)[0])
         spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
         if spatial and size is not None and len(size) == 4:
-            return merges.NormalizedAdaptiveAvgPool2d(1)
+            return pools.NormalizedAdaptiveAvgPool2d(1)
     return None
 
 

@@ -42,7 +42,7 @@ _FUNCTIONAL_WEIGHTS = {
 }
 
 
-OURS = ("normprop.modules", "normprop.merges", "normprop.data_norm", "normprop.activations")
+OURS = tuple(f"normprop.{name}" for name in ("modules", "merges", "pools", "data_norm", "activations"))
 
 
 class TraceError(ValueError):
