@@ -732,3 +732,11 @@ def test_weights_without_values_are_refused():
         model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
     with pytest.raises(ValueError, match=r"predict reads the weights, and '0\.weight' has no values"):
         normprop.predict(model, torch.randn(2, 4))
+
+
+def test_weights_that_are_no_numbers_are_seen():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    nn.init.constant_(model[1].weight, math.nan)
+    trace = predict(model, torch.randn(2, 4))
+    assert math.isnan(trace["1"].std)
+    assert math.isnan(trace["0"].gradient)

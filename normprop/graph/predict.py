@@ -563,7 +563,7 @@ class Walk:
                 there = there / there.mean() * (read.weights * share).sum()
                 places[source] = places.get(source, 0.0) + there
         return {
-            node: math.sqrt(max(0.0, float((self._signal(node).weights * density).sum())))
+            node: math.sqrt((self._signal(node).weights * density).sum().clamp_min(0.0))  # keeps NaN
             for node, density in densities.items()
         }
 
