@@ -328,7 +328,12 @@ def failures(row: dict[str, Any]) -> list[str]:
             for dtype, limit in (("float32", 1e-4), ("float64", 1e-9))
         ),
         *(
-            (f"export {kind}: {error}", not (isinstance(error, float) and error < 1e-4))
+            (
+                f"export {kind}: {digits(error)}{own(row['fold'], 'float32')}"
+                if isinstance(error, float)
+                else f"export {kind}: {error}",
+                not (isinstance(error, float) and error < 1e-4),
+            )
             for kind, error in row.get("export", {}).items()
         ),
         ("ours left after fold", bool(row["fold"]["ours"] or row["fold_preserved"]["ours"])),

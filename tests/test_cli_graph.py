@@ -240,6 +240,26 @@ def test_a_file_that_differs_is_removed(folder, capsys, monkeypatch):
     assert files(folder / "deep") == []
 
 
+def test_a_model_that_loses_digits_itself_is_exported(tmp_path, monkeypatch):
+    class Cancels(nn.Module):
+        def forward(self, x):
+            return (x + 1e4) - 1e4
+
+    write, read = exporting._FORMATS[".pt2"]
+
+    def reader(factor):
+        return lambda path, inputs: [y * factor for y in read(path, inputs)]
+
+    for factor, fits in ((1.0002, True), (1.01, False)):
+        monkeypatch.setitem(exporting._FORMATS, ".pt2", (write, reader(factor)))
+        if fits:
+            errors = export(Cancels(), tmp_path / "net.pt2", gaussian((500,)))["errors"]
+            assert errors[1] == pytest.approx(2e-4, rel=1e-3)
+        else:
+            with pytest.raises(ExportError, match=r"by 0\.01 of the largest output .* \(limit \de-04\)"):
+                export(Cancels(), tmp_path / "net.pt2", gaussian((500,)), overwrite=True)
+
+
 def test_a_model_of_one_batch_size_is_told(folder):
     model = load("graphmodels:FirstRowOnly")
     with pytest.raises(ExportError, match=r"torch cannot export the model: .*--no-dynamic-batch may help"):
