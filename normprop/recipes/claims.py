@@ -38,6 +38,10 @@ AIDED = {
     for aid, change in AIDS.items()
     for name in (*NORMPROP, "batch")
 }
+ITS_STEP = (
+    "normprop, paper, step .08"  # the paper's for batches of 100, twice what the rule takes by default
+)
+AIDED[ITS_STEP] = VARIANTS["normprop, paper"] | {"lr": 0.08}
 BATCH_SIZES = (1, 2, 4, 8, 16, 50, 100, 250)
 LEARNING_RATES = (0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 ACTIVATIONS = (
@@ -86,7 +90,7 @@ class Protocol:
         run = replace(self.base, **(changes | (VARIANTS | AIDED)[variant]))
         if run.peak_radius is not None:
             run = replace(run, trust_radius=run.peak_radius)
-        return run if "lr" in changes else replace(run, lr=self.lr(run))
+        return run if run.lr is not None else replace(run, lr=self.lr(run))
 
 
 _MIXED = {"model": "nin", "data_norm": "batch", "precision": "bf16-mixed"}
@@ -193,7 +197,8 @@ def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Ro
     if protocol.name == "full":
         return _grid(protocol, seeds, (*NORMPROP, "batch"))
     wide = _grid(protocol, 1, (*NORMPROP, "batch"), [{"width": 1.0}])
-    return [*_grid(protocol, seeds, (*VARIANTS, *(f"{name}, orthogonal" for name in NORMPROP))), *wide]
+    aided = (ITS_STEP, *(f"{name}, orthogonal" for name in NORMPROP))
+    return [*_grid(protocol, seeds, (*VARIANTS, *aided)), *wide]
 
 
 def _batch_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:

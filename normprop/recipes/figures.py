@@ -26,6 +26,7 @@ VARIANT_COLORS = {
     "normprop, recommended, orthogonal": "#7b2cbf",
     "normprop, paper, orthogonal": "#b185db",
     "batch, orthogonal": "#2d6a4f",
+    "normprop, paper, step .08": "#c2185b",
 }
 # Test error in percent, by data set and flips: Arpit et al. 2016, table 1.
 PAPER_ERRORS = {
