@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,14 @@ def project_(model: nn.Module) -> None:
     Changes no output: the layers divide by the row's length anyway (a weight that an nn.Embedding shares
     does change there). It keeps the step that a gradient makes in a row's direction from shrinking as
     the row grows (docs/method.md, section 7). Zero rows stay zero; centred rows lose their mean; rows
-    whose length is no number any more become NaN.
+    whose length is no number any more become NaN. Frozen weights are left alone.
 
     Args:
         model: Any module; layers of other kinds are left alone.
     """
     together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
     for module in model.modules():
-        if isinstance(module, _NormProp):
+        if isinstance(module, _NormProp) and module.weight.requires_grad:
             weight, geometry = module.weight, (module.transposed, module.groups)
             key = (module.rule.centered, weight.device, weight.dtype)
             together.setdefault(key, {})[id(weight)] = weight, geometry  # a shared weight once
@@ -77,8 +77,9 @@ def attach_projection(
 
     Raises:
         ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own
-            (pruned, parametrized), or the radius is not above 0; if orthogonal, also if it is missing, or
-            a weight is in half precision, where rounding decides a small step's direction.
+            (pruned, parametrized), or no parameter in the optimizer, or the radius is not above 0; if
+            orthogonal, also if it is missing, or a weight is in half precision, where rounding decides a
+            small step's direction.
         TypeError: If the optimizer takes no hooks, or is LBFGS with a trust radius.
 
     Example:
@@ -107,6 +108,12 @@ def attach_projection(
         raise ValueError(
             f"{type(model).__name__} has no NormProp layer to project; build it with "
             "normprop.NormPropLinear, NormPropConv2d, ..."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
+        raise ValueError(
+            f"the optimizer holds no parameter of this {type(model).__name__}: build it on this model (after "
+            "normprop.convert: on conversion.model, or conversion.update_optimizer_(optimizer))"
         )
     if trust_radius is None:
         if orthogonal:
@@ -141,19 +148,25 @@ class _TrustRegion:
         self.model, self.radius, self.orthogonal = model, radius, orthogonal
         self.units: list[tuple[Any, dict[str, Tensor]]] = []
         self.before: list[dict[str, Tensor]] = []
+        self.sharers: dict[int, list[Any]] = {}  # the layers of a weight, by its id
         self.kept: list[Tensor] = []
         self.joined: list[kernels.Units] = []  # instead, where kernels do it
 
     def _units(self) -> list[tuple[Any, dict[str, Tensor]]]:
         """Layers with what of theirs a step moves; a shared parameter belongs to the first."""
+        self.sharers = {}
         units: list[tuple[Any, dict[str, Tensor]]] = []
         seen: set[int] = set()
         for layer in self.model.modules():
             if isinstance(layer, (_NormProp, NormalizedActivation)) and layer.gain is not None:
                 own = {name: layer._parameters.get(name) for name in ("weight", "gain", "bias")}
                 moving: dict[str, Tensor] = {
-                    name: p for name, p in own.items() if p is not None and id(p) not in seen
+                    name: p
+                    for name, p in own.items()
+                    if p is not None and id(p) not in seen and (p.requires_grad or name != "weight")
                 }
+                if own["weight"] is not None:
+                    self.sharers.setdefault(id(own["weight"]), []).append(layer)
                 seen |= {id(p) for p in moving.values()}
                 units.append((layer, moving))
         return units
@@ -161,6 +174,8 @@ class _TrustRegion:
     def _join(self) -> list[kernels.Units]:
         """The units of layers of each kind; none if there is a layer that kernels cannot work on."""
         kinds: dict[Any, list[tuple[Any, ...]]] = {}
+        if any(len(layers) > 1 for layers in self.sharers.values()):
+            return []
         for layer, own in self.units:
             if "weight" in own and layer.transposed:
                 return []
@@ -226,7 +241,7 @@ class _TrustRegion:
         )
         turn = joined("weight", _row_distances) / lengths
         change, shift = (joined(name, lambda _, old, new: _wide(new - old)) for name in ("gain", "bias"))
-        gain = joined("gain", lambda _, old, __: _wide(old)).abs()
+        gain = self._gains(units, before, none)
         gain += change.abs().clamp_max(radius)  # it will not grow by more than that
         size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
         factors = (radius / size.clamp_min(max(radius, 1e-30))).split([len(zero) for zero in none])
@@ -238,6 +253,25 @@ class _TrustRegion:
                     share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
                 torch.lerp(start, end, share, out=end)
         project_(self.model)
+
+    def _gains(
+        self,
+        units: Sequence[tuple[Any, dict[str, Tensor]]],
+        before: Sequence[dict[str, Tensor]],
+        none: Sequence[Tensor],
+    ) -> Tensor:
+        """Before the step, by unit: the largest |gain| of the layers that share its row; 0 without a row."""
+        starts = {
+            id(layer): _wide(old.get("gain", layer.gain.detach())).abs()
+            for (layer, _), old in zip(units, before, strict=True)
+        }
+        parts = []
+        for (_, own), zero in zip(units, none, strict=True):
+            if "weight" in own:
+                found = [starts[id(other)] for other in self.sharers[id(own["weight"])]]
+                zero = torch.stack([g for g in found if len(g) == len(zero)]).amax(0)
+            parts.append(zero)
+        return torch.cat(parts)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -635,3 +635,49 @@ def test_what_is_no_example_is_refused(verify, said):
         TypeError, match=f"verify must be a tensor or a tuple of tensors, {said}; for a shape"
     ):
         fold(nn.Sequential(conv(3)), verify=verify)
+
+
+class Reads(nn.Module):
+    """Code that reads layers' parameters, and writes calls with keywords alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = NormPropLinear(5, 8), nn.Linear(8, 3)
+        self.c = nn.utils.parametrizations.weight_norm(nn.Linear(8, 3))
+
+    def forward(self, x):
+        early = self.a.weight
+        y = self.a(x)
+        tied = nn.functional.linear(y, self.a.weight.t())
+        sums = torch.add(input=y, other=1.0), torch.mul(input=y, other=2)
+        both = torch.cat(tensors=[y * 2 + 1, y * 2 + 1], dim=1)
+        return early.square().sum(), tied, self.b(y) * 2, self.b.bias, self.c(y) / 4, *sums, both
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_parameters_that_the_code_reads_are_the_models_own(verify):
+    model, x = Reads().double(), torch.randn(2, 5, dtype=torch.float64)
+    folded = fold(model, verify=x if verify else None)
+    for ours, theirs in zip(folded(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_are_not_lost_silently():
+    model, x = nn.Sequential(NormPropLinear(5, 8), nn.Sequential(nn.Linear(8, 3))), torch.randn(2, 5)
+    for module in (model, model[0]):
+        handle = module.register_forward_hook(lambda module, inputs, output: output * 3)
+        with pytest.raises(FoldError, match="forward hooks, which the folded model does not run"):
+            fold(model)
+        with pytest.raises(FoldError, match="it does not run the forward hooks of '"):
+            fold(model, verify=x)
+        handle.remove()
+    for module in (model[1], model[1][0]):  # one is traced through, the other kept
+        module.register_forward_hook(lambda module, inputs, output: output * 3)
+    normprop.scale_together(model)
+    torch.testing.assert_close(fold(model)(x), model(x))
+
+
+def test_constants_of_an_unknown_size_are_refused():
+    pool = normprop.NormalizedAdaptiveMaxPool2d(1)
+    with pytest.raises(FoldError, match="its constants depend on the input's size; pass verify="):
+        fold(nn.Sequential(NormPropConv2d(3, 4, 3), pool))

@@ -609,3 +609,42 @@ def test_a_handle_ends_with_its_block():
         assert optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_shared_row_counts_with_its_largest_gain():
+    first, second = normprop.NormPropLinear(5, 5), normprop.NormPropLinear(5, 5)
+    second.weight = first.weight
+    nn.init.constant_(second.gain, 10.0)
+    model = nn.Sequential(first, second)
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0)
+    normprop.attach_projection(optimizer, model, trust_radius=0.02)
+    before = copy.deepcopy(second)
+    model(torch.randn(8, 5)).square().sum().backward()
+    optimizer.step()
+    turn = (second.weight - before.weight).norm(dim=1) * second.gain.abs()
+    assert 0.005 < float(turn.detach().max()) < 0.0201
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"trust_radius": 0.01}, {"trust_radius": 0.01, "orthogonal": True}]
+)
+def test_frozen_weights_stay_bit_for_bit(options):
+    model = nn.Sequential(normprop.NormPropLinear(5, 8), normprop.NormPropLinear(8, 3))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.mul_(3)
+    model[0].requires_grad_(False)
+    frozen = copy.deepcopy(model[0].state_dict())
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    normprop.attach_projection(optimizer, model, **options)
+    model(torch.randn(4, 5)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(value, frozen[name]) for name, value in model[0].state_dict().items())
+    assert_unit(model[1])
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model, other = net(), net()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="holds no parameter of this Sequential: build it on this model"):
+        normprop.attach_projection(optimizer, model)

@@ -9,6 +9,7 @@ they have to be written down as one element-wise operation (docs/method.md, sect
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,10 +59,11 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
 
     Returns:
         A graph module in eval mode, for inputs of any size that the model takes; of ``verify``'s size
-        where the code turns sizes into Python numbers, or pools adaptively to several maxima.
+        where the code turns sizes into Python numbers, or pools adaptively by maxima.
 
     Raises:
-        FoldError: If outputs differ at ``verify``.
+        FoldError: If outputs differ at ``verify``; without it, if constants depend on the input's size or
+            there are forward hooks, which the result does not run.
         TraceError: If torch.fx cannot follow the code.
 
     Example:
@@ -73,19 +75,45 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     twin = copy.deepcopy(model).eval()
     inputs = () if verify is None else tracing.as_inputs(verify, "verify")
+    hooked = _hooked(model)
+    if hooked and not inputs:
+        raise FoldError(
+            f"{', '.join(hooked)}: forward hooks, which the folded model does not run; remove them, or pass verify= "
+            "if they change nothing"
+        )
     expected = twin(*(x.clone() for x in inputs)) if inputs else None
     light = tracing.trace(twin, verify)
     lighten_(light, twin.modules())
     light.recompile()
     graph_module = tracing.trace(light, verify, _LEAVES)
     tracing.write_nothing_in_place(graph_module)
-    folded = _Folder(graph_module).run()
+    folded = _Folder(graph_module, bool(inputs)).run()
     if inputs:
-        _check(model, inputs, expected, folded(*inputs))
+        _check(model, inputs, expected, folded(*inputs), hooked)
     return folded
 
 
-def _check(model: nn.Module, inputs: tuple[Any, ...], expected: Any, actual: Any) -> None:
+def _hooked(model: nn.Module) -> list[str]:
+    """Modules with forward hooks that the folded model does not run: it itself, and layers of ours."""
+    named = model.named_modules()
+    lost = (name for name, m in named if (m is model or type(m).__module__ in tracing.OURS) and _hooks(m))
+    return [f"'{name or 'model'}'" for name in lost]
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether there are forward hooks of the user's."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("normprop.") for hook in hooks)
+
+
+def _is_plain_layer(module: Any) -> bool:
+    """Whether a weight layer's numbers may be changed."""
+    return tracing.is_weight_layer(module) and not (tracing.is_parametrized(module) or _hooks(module))
+
+
+def _check(
+    model: nn.Module, inputs: tuple[Any, ...], expected: Any, actual: Any, hooked: Sequence[str]
+) -> None:
     gaps = _gaps(expected, actual)
     single = _LIMITS[torch.float32]
     if any(limit == single and not gap <= limit for gap, limit in gaps):
@@ -100,7 +128,12 @@ def _check(model: nn.Module, inputs: tuple[Any, ...], expected: Any, actual: Any
         if not gap <= limit:
             raise FoldError(
                 f"the folded model differs from the model by {gap:.2g} of the largest output "
-                f"(limit {limit:.0e}); if verify is finite, please report the model"
+                f"(limit {limit:.0e}); "
+                + (
+                    f"it does not run the forward hooks of {', '.join(hooked)}"
+                    if hooked
+                    else "if verify is finite, please report the model"
+                )
             )
 
 
@@ -127,8 +160,9 @@ class _Value:
 
 
 class _Folder:
-    def __init__(self, source: fx.GraphModule) -> None:
+    def __init__(self, source: fx.GraphModule, sized: bool) -> None:
         self.source = source
+        self.sized = sized  # whether shapes are those of an input that was given
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.values: dict[fx.Node, _Value] = {}
@@ -172,7 +206,7 @@ class _Folder:
         if node.op != "call_module":
             return None
         layer = self.root.get_submodule(str(node.target))
-        own = isinstance(layer, tracing.WEIGHT_LAYERS) and self.calls.get(str(node.target), 1) == 1
+        own = _is_plain_layer(layer) and self.calls.get(str(node.target), 1) == 1
         return layer if own else None
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -197,9 +231,10 @@ class _Folder:
             return self.activation_module(node, module)
         if isinstance(module, DATA_NORMS):
             return self.data_norm(node, module)
-        ours = isinstance(module, tracing.WEIGHT_LAYERS) and hasattr(module, "rule")
-        if ours or (tracing.is_weight_layer(module) and not tracing.is_parametrized(module)):  # type: ignore
+        if isinstance(module, modules._NormProp) or _is_plain_layer(module):
             return self.weight_layer(node, module)
+        if module is not None and type(module).__module__ not in tracing.OURS and _hooks(module):
+            return self.copied(node, module)
         if module is not None and "NormalizedAdaptiveMaxPool" in type(module).__name__:
             return self.adaptive_max_pool(node, module)
         held = [self.values[n] for n in tensor_inputs(node)]
@@ -214,6 +249,9 @@ class _Folder:
         if module is not None:
             place(self.root, str(node.target), module)
         elif node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            if path in self.calls:  # what stands there will be a layer with other numbers
+                return _Value(self.buffer(str(node.target), getattr(self.source.get_submodule(path), name)))
             self.attribute(str(node.target))
         return _Value(self.graph.node_copy(node, lambda n: self.values[n].node))
 
@@ -253,6 +291,7 @@ class _Folder:
                 return _Value(new, first.a, first.b)
         if (
             len(inputs) == 1
+            and node.args
             and isinstance(node.args[0], fx.Node)
             and len(numbers) == len(node.args) - 1 == 1
         ):
@@ -319,7 +358,7 @@ class _Folder:
         """Its windows depend on the input's size: the constants are those of the example's."""
         source = tensor_inputs(node)[0]
         before = shape(source)
-        if before is None:
+        if before is None or not self.sized:
             raise FoldError(f"{node.target}: its constants depend on the input's size; pass verify=")
         spatial = len(before) - 2
         x = torch.ones((), dtype=torch.float64).expand(1, 1, *before[2:])
