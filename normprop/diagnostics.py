@@ -74,7 +74,7 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
         inputs = _inputs(data)
         if len(devices) == 1:
             inputs = tuple(x.to(next(iter(devices))) for x in inputs)
-        twin = copy.deepcopy(model)
+        twin = tracing.copied(model)
         try:
             graph_module = tracing.trace(twin, inputs)
         except tracing.TraceError:

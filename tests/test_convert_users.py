@@ -359,3 +359,42 @@ def test_strict_names_a_norm_that_is_a_function():
     ):
         convert(model, strict=True)
     assert len(convert(model).skipped) == 1
+
+
+def test_arguments_at_their_defaults_are_noted():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n = nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x, mask=None, scale=1.0):
+            y = torch.relu(self.n(self.a(x))) * scale
+            return y if mask is None else y * mask
+
+    x, mask = torch.randn(2, 5), torch.ones(2, 8)
+    note = "forward() has no {} (taken at the default); a tensor stays if example= has it"
+    assert note.format("mask, scale") in convert(Masked()).notes
+    masked = convert(Masked(), example=(x, mask))
+    assert note.format("scale") in masked.notes
+    assert masked.model(x, mask * 0).abs().max() == 0
+
+
+def test_a_hook_that_was_traced_through_is_noted():
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), nn.Linear(8, 3))
+    model[0].register_forward_hook(lambda module, args, y: y * 2)
+    model[0][1].register_forward_hook(lambda module, args, y: None)
+    notes = convert(model).notes
+    assert (
+        "hook on '0' ran once: what it did to values is part of the graph, it is not called again" in notes
+    )
+    assert "hook on '0.1' is lost: register it anew" in notes
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_models_that_cannot_be_copied_say_why():
+    model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.utils.weight_norm(nn.Linear(8, 3)))
+    for follow in (convert, fold, lambda m: normprop.measure(m, torch.randn(8, 5))):
+        with pytest.raises(
+            normprop.TraceError, match=r"cannot be copied, .* \(old weight_norm .*: remove that"
+        ):
+            follow(model)

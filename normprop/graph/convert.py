@@ -285,7 +285,7 @@ class Converter:
         report: Conversion,
     ) -> None:
         self.source = model
-        self.twin = copy.deepcopy(model)
+        self.twin = tracing.copied(model)
         self.rule, self.preserve, self.filter_fn, self.report = rule, preserve, filter_fn, report
         self.new: dict[str, nn.Module] = {}  # by path in the whole model
         self.pools: dict[str, nn.Module] = {}  # those that were replaced, by path
@@ -306,14 +306,19 @@ class Converter:
             return self.twin
         with torch.random.fork_rng(devices=[]):  # code that draws numbers must not change the caller's
             result = self.convert_part(self.twin, "", example)
-        lost = [
-            name
-            for name, module in self.source.named_modules()
-            if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks))
-            and (not name or self._is_gone(result, name))
-        ]
-        self.report.notes.extend(f"hook on '{name or 'model'}' is lost: register it anew" for name in lost)
+        for name, module in self.source.named_modules():
+            if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+                self._note_hook(name, result)
         return result
+
+    def _note_hook(self, name: str, result: nn.Module) -> None:
+        if name and has(result, name) and type(result.get_submodule(name)) is nn.Module:
+            note = "ran once: what it did to values is part of the graph, it is not called again"
+        elif not name or not has(result, name):
+            note = "is lost: register it anew"
+        else:
+            return
+        self.report.notes.append(f"hook on '{name or 'model'}' {note}")
 
     def _skip_functional(self, example: Any) -> None:
         """Say where F.batch_norm stands in a model without BatchNorm modules."""
@@ -325,13 +330,6 @@ class Converter:
             if tracing.is_functional_norm(node):
                 self.skip_functional(tracing.owner(node))
 
-    def _is_gone(self, result: nn.Module, name: str) -> bool:
-        try:
-            now = result.get_submodule(name)
-        except AttributeError:
-            return True
-        return type(now) is nn.Module  # a container whose forward is now part of the graph
-
     def convert_part(self, part: nn.Module, prefix: str, example: Any) -> nn.Module:
         """A submodule as a graph; if its code cannot be followed, its children one by one."""
         try:
@@ -340,6 +338,11 @@ class Converter:
             return self.convert_children(part, prefix, str(error), self.calls_within(part, example))
         inputs = None if self.preserve else calibration(part, example)
         part.eval()
+        fixed = next(iter(graphs.values())).meta["fixed"]
+        if fixed and not prefix:
+            self.report.notes.append(
+                f"forward() has no {', '.join(fixed)} (taken at the default); a tensor stays if example= has it"
+            )
         decided = sorted({path for graph in graphs.values() for path in graph.meta["decisions"]})
         if decided:
             self.report.notes.append(

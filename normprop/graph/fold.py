@@ -73,7 +73,7 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    twin = copy.deepcopy(model).eval()
+    twin = tracing.copied(model).eval()
     inputs = () if verify is None else tracing.as_inputs(verify, "verify")
     hooked = _hooked(model)
     if hooked and not inputs:

@@ -279,6 +279,7 @@ def trace(
     if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:
         model = nn.Sequential(model)
     before = set(vars(model))
+    fixed = _defaults(model, inputs)
     try:
         tracer = _Tracer(model, inputs, leaves)
         with (
@@ -286,7 +287,7 @@ def trace(
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
         ):
-            graph = tracer.trace(model, concrete_args=_defaults(model, inputs))
+            graph = tracer.trace(model, concrete_args=fixed)
     except Exception as error:
         for name in set(vars(model)) - before:
             delattr(model, name)
@@ -307,6 +308,7 @@ def trace(
             graph.erase_node(node)
     result = fx.GraphModule(model, graph, type(model).__name__)
     result.meta["decisions"] = sorted(tracer.decisions)
+    result.meta["fixed"] = list(fixed)
     result.meta["contexts"] = sorted(tracer.contexts)
     result.meta["iterated"] = tracer.iterated
     for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
@@ -316,6 +318,22 @@ def trace(
     for name in set(vars(model)) - before:  # fx leaves its constants on the model
         delattr(model, name)
     return result
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        TraceError: If it holds a tensor that was computed, which torch does not copy.
+    """
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied, as it holds a tensor that was computed (old weight_norm or "
+            "spectral_norm, pruning, an output that it keeps): remove that first; torch.nn.utils.parametrizations "
+            "can stay"
+        ) from error
 
 
 def by_mode(model: nn.Module, example: Any = None) -> dict[bool, fx.GraphModule]:
