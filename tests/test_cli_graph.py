@@ -339,3 +339,11 @@ def test_a_difference_that_is_no_number_is_not_lost():
     ones, nan = torch.ones(1), torch.tensor([float("nan")])
     for outcome in ([ones, nan], [nan, ones]):
         assert math.isnan(relative_error(outcome, [ones, ones]))
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_windows_of_unequal_sizes_are_exported(tmp_path, suffix):
+    net = nn.Sequential(normprop.NormPropConv2d(3, 4, 3), normprop.NormalizedAdaptiveAvgPool2d(7))
+    for size in (5, 12):  # 3 and 10 positions, 7 windows
+        errors = export(net, tmp_path / f"net{size}{suffix}", gaussian((3, size, size)))["errors"]
+        assert max(errors.values()) < 1e-6

@@ -398,3 +398,40 @@ def test_models_that_cannot_be_copied_say_why():
             normprop.TraceError, match=r"cannot be copied, .* \(old weight_norm .*: remove that"
         ):
             follow(model)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.na = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.nb = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return torch.relu(x + self.nb(self.b(torch.relu(self.na(self.a(x))))))
+
+
+def test_a_state_dict_of_other_weights_loads_or_says_what_to_do():
+    """Where constants are measured depends on the weights."""
+
+    def converted(seed):
+        torch.manual_seed(seed)
+        stem = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        return convert(nn.Sequential(*stem, *(Residual() for _ in range(3))), example=x).model
+
+    x = torch.randn(2, 3, 16, 16)
+    models = [converted(seed) for seed in range(6)]
+    keys = [{key for key in model.state_dict() if key.endswith(".constants")} for model in models]
+    assert len(set(map(frozenset, keys))) == 2
+    for ours, mine in zip(models, keys, strict=True):
+        state = copy.deepcopy(models[0].state_dict())
+        if mine == keys[0]:
+            ours.load_state_dict(state)
+            torch.testing.assert_close(ours(x), models[0](x))
+        else:
+            with pytest.raises(
+                RuntimeError, match=r"of other weights\. Convert the same weights \(one seed\)"
+            ):
+                ours.load_state_dict(state, strict=False)
+    again = converted(3)
+    again.load_state_dict(models[3].state_dict())
+    torch.testing.assert_close(again(x), models[3](x))

@@ -154,8 +154,9 @@ def convert(
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
         weight and bias being the layer's ``gain`` and ``bias``. It computes what ``forward`` does, as one
         graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
-        ``notes`` says. Constants that were measured on the weights are in its state dict
-        (``constants``): processes that convert models of different seeds must load one's.
+        ``notes`` says. Constants that were measured on the weights are in its state dict (``constants``), and which
+        layers have some depends on the weights too: another process loads it into a conversion of the
+        same weights (one seed), or loads the whole model (``torch.save(model, path)``).
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
@@ -181,6 +182,7 @@ def convert(
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
+    report.model.register_load_state_dict_pre_hook(_check_constants)
     if preserve:
         report.notes.append(
             "preserve=True: constants 'none', rows not centred, plain sums and pools, whatever rule says"
@@ -194,6 +196,26 @@ def convert(
         reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{len(report.skipped)} sites cannot be converted:\n{reasons}")
     return report
+
+
+def _check_constants(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    _: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Refuse, strict or not, the state dict of another conversion: it would compute something else."""
+    own = {f"{prefix}{name}.constants" for name, m in module.named_modules() if getattr(m, "kept", ())}
+    given = {key for key in state if key.startswith(prefix) and key.endswith(".constants")}
+    if own != given and (strict or given):
+        errors.append(
+            f"{min(own ^ given)} is in one and not in the other: the state dict is of a conversion of other weights. "
+            "Convert the same weights (one seed) before loading, or save the whole model: torch.save(model, path)"
+        )
 
 
 def _lost_methods(model: nn.Module, result: nn.Module) -> list[str]:

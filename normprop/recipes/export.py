@@ -208,7 +208,9 @@ def export(
             raise
         except Exception as error:  # torch.export has no common error
             hint = "; --no-dynamic-batch may help" if dynamic_batch else ""
-            raise ExportError(f"torch cannot export the model: {_first_line(error)}{hint}") from error
+            raise ExportError(
+                f"torch cannot export the model: {_first_line(_cause(error))}{hint}"
+            ) from error
         errors = {}
         for count in sizes:
             samples = tuple(_resized(x, count) for x in inputs)
@@ -298,6 +300,13 @@ def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def _first_line(error: Exception) -> str:
+def _cause(error: BaseException) -> BaseException:
+    """What came first: torch wraps it in advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
