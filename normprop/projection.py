@@ -73,7 +73,8 @@ def attach_projection(
             with momentum (``torch.optim.SGD(..., momentum=0.9, nesterov=True)``).
 
     Returns:
-        A handle; ``handle.remove()`` ends it.
+        A handle; ``handle.remove()`` ends it. A copy of the optimizer (``copy.deepcopy``) has no hooks, so
+        that it is attached anew.
 
     Raises:
         ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own
@@ -418,7 +419,7 @@ def clip_grad_unitwise_(
         floor: The least length that counts.
 
     Raises:
-        ValueError: If clipping is not above 0.
+        ValueError: If clipping is no number above 0.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -427,8 +428,8 @@ def clip_grad_unitwise_(
         >>> weight.grad
         tensor([[0.0000, 0.5000]])
     """
-    if not clipping > 0:
-        raise ValueError(f"clipping must be above 0, got {clipping}")
+    if not 0 < clipping < math.inf:
+        raise ValueError(f"clipping must be a number above 0, got {clipping}")
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue

@@ -435,3 +435,22 @@ def test_a_state_dict_of_other_weights_loads_or_says_what_to_do():
     again = converted(3)
     again.load_state_dict(models[3].state_dict())
     torch.testing.assert_close(again(x), models[3](x))
+
+
+def test_slices_of_a_sequential_are_followed():
+    class Staged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(
+                *(nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5)) for _ in range(3))
+            )
+
+        def forward(self, x):
+            middle = self.body[:2](x)
+            return middle, self.body[2:](middle)
+
+    model, x = Staged().eval(), torch.randn(4, 5)
+    conversion = convert(model, preserve=True)
+    assert [site.path for site in conversion.replaced] == ["body.0.0", "body.1.0", "body.2.0"]
+    for ours, theirs in zip(conversion.model(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs)

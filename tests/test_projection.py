@@ -244,9 +244,9 @@ def test_clipping_takes_one_tensor_and_skips_missing_and_zero_gradients():
     torch.testing.assert_close(weight.grad, torch.full((2, 2), 0.25))
 
 
-@pytest.mark.parametrize("clipping", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("clipping", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_clipping_is_refused(clipping):
-    with pytest.raises(ValueError, match=f"clipping must be above 0, got {clipping}"):
+    with pytest.raises(ValueError, match=f"clipping must be a number above 0, got {clipping}"):
         normprop.clip_grad_unitwise_([nn.Parameter(torch.ones(2))], clipping)
 
 

@@ -165,9 +165,10 @@ class _Tracer(fx.Tracer):
                 f"{type(m).__name__} gives a NormProp layer a forward of its own: make it a module that holds the "
                 "layer and calls it"
             )
-        return (
-            forward(*args, **kwargs) if self.evaluating else super().call_module(m, forward, args, kwargs)
-        )
+        sliced = type(m) is nn.Sequential and m not in (self.submodule_paths or {})  # blocks[:2](x)
+        if self.evaluating or sliced:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         # fx looks each tensor up among all parameters; what the shadow reads is not among them.
