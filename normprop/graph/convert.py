@@ -182,7 +182,8 @@ def convert(
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
-    report.model.register_load_state_dict_pre_hook(_check_constants)
+    if report.replaced:
+        report.model.register_load_state_dict_pre_hook(_check_constants)
     if preserve:
         report.notes.append(
             "preserve=True: constants 'none', rows not centred, plain sums and pools, whatever rule says"
