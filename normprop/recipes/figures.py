@@ -15,7 +15,7 @@ from normprop.recipes.summary import accuracies, by_epoch, failures, summarize
 
 Row = dict[str, Any]
 Figure = Callable[[Row, Path], None]
-BANDS = "mean over seeds, band: 95 % confidence interval"
+BANDS = "mean over seeds, band from three seeds on: 95 % confidence interval"
 
 VARIANT_COLORS = {
     **COLORS,
@@ -59,11 +59,11 @@ def _groups(rows: Sequence[Row], *keys: str) -> dict[Any, list[Row]]:
 
 
 def _interval(values: Sequence[float]) -> float:
-    """Half of the 95 % confidence interval of the mean, by Student's t; 0 for one value."""
+    """Half of the 95 % confidence interval of the mean, by Student's t; 0 below three values, which say little."""
     from scipy.stats import t  # scikit-learn brings it
 
     n = len(values)
-    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else 0.0
+    return float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n) if n > 2 else 0.0
 
 
 def _curve(axis: Any, rows: Sequence[Row], label: str, **style: Any) -> None:
@@ -198,8 +198,9 @@ def batch_size(result: Row, path: Path) -> None:
         axis.legend(frameon=False, fontsize=8)
         if result["rows"]:
             row = result["rows"][0]
-            seeds = len(_groups(result["rows"], "seed"))
-            note = f"{_network(row)}, {row['epochs']} epochs, {seeds} seed{'s' * (seeds > 1)}"
+            counts = sorted({g["n"] for mine in groups.values() for g in mine if g["n"]})
+            seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))) if counts else "0"
+            note = f"{_network(row)}, {row['epochs']} epochs, {seeds} seed{'s' * (seeds != '1')}"
             figure.suptitle(_title(result, f"{note}; bars: standard deviation"), fontsize=10)
 
 
