@@ -174,7 +174,10 @@ class GlobalDataNorm(nn.Module):
             )
         dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
         std = torch.where(self.std > 0, self.std, 1.0)
-        return ((input.to(self.mean.dtype) - self.mean) / std).to(dtype)
+        x = (
+            input.to(dtype) if input.dtype == torch.bool else input
+        )  # truth values cannot be subtracted from
+        return ((x - self.mean) / std).to(dtype)
 
     def extra_repr(self) -> str:
         count = "meta" if self.count.is_meta else self.count.item()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -149,7 +149,7 @@ class _TrustRegion:
         self.model, self.radius, self.orthogonal = model, radius, orthogonal
         self.units: list[tuple[Any, dict[str, Tensor]]] = []
         self.before: list[dict[str, Tensor]] = []
-        self.sharers: dict[int, list[Any]] = {}  # the layers of a weight, by its id
+        self.sharers: dict[int, list[int]] = {}  # the units of a weight, by its id
         self.kept: list[Tensor] = []
         self.joined: list[kernels.Units] = []  # instead, where kernels do it
 
@@ -167,7 +167,7 @@ class _TrustRegion:
                     if p is not None and id(p) not in seen and (p.requires_grad or name != "weight")
                 }
                 if own["weight"] is not None:
-                    self.sharers.setdefault(id(own["weight"]), []).append(layer)
+                    self.sharers.setdefault(id(own["weight"]), []).append(len(units))
                 seen |= {id(p) for p in moving.values()}
                 units.append((layer, moving))
         return units
@@ -175,7 +175,7 @@ class _TrustRegion:
     def _join(self) -> list[kernels.Units]:
         """The units of layers of each kind; none if there is a layer that kernels cannot work on."""
         kinds: dict[Any, list[tuple[Any, ...]]] = {}
-        if any(len(layers) > 1 for layers in self.sharers.values()):
+        if any(len(places) > 1 for places in self.sharers.values()):
             return []
         for layer, own in self.units:
             if "weight" in own and layer.transposed:
@@ -242,7 +242,17 @@ class _TrustRegion:
         )
         turn = joined("weight", _row_distances) / lengths
         change, shift = (joined(name, lambda _, old, new: _wide(new - old)) for name in ("gain", "bias"))
-        gain = self._gains(units, before, none)
+        gain = torch.cat(
+            [
+                _wide(old.get("gain", layer.gain.detach()))
+                for (layer, _), old in zip(units, before, strict=True)
+            ]
+        ).abs()
+        gains = gain.split([len(zero) for zero in none])
+        for first, *others in self.sharers.values():
+            for other in others:
+                if len(gains[other]) == len(gains[first]):  # the row's unit has the largest
+                    torch.maximum(gains[first], gains[other], out=gains[first])
         gain += change.abs().clamp_max(radius)  # it will not grow by more than that
         size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
         factors = (radius / size.clamp_min(max(radius, 1e-30))).split([len(zero) for zero in none])
@@ -254,25 +264,6 @@ class _TrustRegion:
                     share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
                 torch.lerp(start, end, share, out=end)
         project_(self.model)
-
-    def _gains(
-        self,
-        units: Sequence[tuple[Any, dict[str, Tensor]]],
-        before: Sequence[dict[str, Tensor]],
-        none: Sequence[Tensor],
-    ) -> Tensor:
-        """Before the step, by unit: the largest |gain| of the layers that share its row; 0 without a row."""
-        starts = {
-            id(layer): _wide(old.get("gain", layer.gain.detach())).abs()
-            for (layer, _), old in zip(units, before, strict=True)
-        }
-        parts = []
-        for (_, own), zero in zip(units, none, strict=True):
-            if "weight" in own:
-                found = [starts[id(other)] for other in self.sharers[id(own["weight"])]]
-                zero = torch.stack([g for g in found if len(g) == len(zero)]).amax(0)
-            parts.append(zero)
-        return torch.cat(parts)
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:

@@ -433,6 +433,9 @@ def test_a_state_dict_of_other_weights_loads_or_says_what_to_do():
             ):
                 ours.load_state_dict(state, strict=False)
     again = converted(3)
+    again.load_state_dict({}, strict=False)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        again.load_state_dict({})
     again.load_state_dict(models[3].state_dict())
     torch.testing.assert_close(again(x), models[3](x))
 
