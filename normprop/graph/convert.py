@@ -23,6 +23,7 @@ from normprop.graph.rewrite import Rewriter
 from normprop.graph.trace import TraceError, below, has, place
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
+_REHEARSAL = 4  # the same where only decisions are taken
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
@@ -154,9 +155,9 @@ def convert(
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
         weight and bias being the layer's ``gain`` and ``bias``. It computes what ``forward`` does, as one
         graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
-        ``notes`` says. Constants that were measured on the weights are in its state dict (``constants``), and which
-        layers have some depends on the weights too: another process loads it into a conversion of the
-        same weights (one seed), or loads the whole model (``torch.save(model, path)``).
+        ``notes`` says. Constants that were measured on the weights are in its state dict (``constants``); which
+        layers have some does not depend on the seed: another process loads it into a conversion of its
+        own. (Weights far from fresh ones, trained say, may need more of them: ``torch.save(model, path)``.)
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
@@ -217,8 +218,8 @@ def _check_constants(
     given = {key for key in state if key.startswith(prefix) and key.endswith(".constants")}
     if given and own != given:
         errors.append(
-            f"{min(own ^ given)} is in one and not in the other: the state dict is of a conversion of other weights. "
-            "Convert the same weights (one seed) before loading, or save the whole model: torch.save(model, path)"
+            f"{min(own ^ given)} is in one and not in the other: the state dict is of another conversion. "
+            "Convert the same model with the same example=, or save it whole: torch.save(model, path)"
         )
 
 
@@ -377,10 +378,39 @@ class Converter:
                 + ": the result is for sizes like the example's"
             )
         alone = len(graphs) == 1 and not prefix  # a part's modules may be called by what is around it
-        built = [Rewriter(self, graph, prefix, inputs, alone).run() for graph in graphs.values()]
+        rehearsed = [None] * len(graphs) if inputs is None else self.rehearse(graphs, prefix, inputs, alone)
+        built = [
+            Rewriter(self, graph, prefix, inputs, alone, decided).run()
+            for graph, decided in zip(graphs.values(), rehearsed, strict=True)
+        ]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
         self.finish(result, part, prefix)
         return result
+
+    def rehearse(
+        self, graphs: dict[bool, fx.GraphModule], prefix: str, inputs: tuple[Tensor, ...], alone: bool
+    ) -> list[dict[str, bool] | None]:
+        """What each graph decides on noise and on weights that are always the same.
+
+        What stands where, and with it the keys of the state dict, then does not depend on a seed.
+        """
+        other = copy.copy(self)
+        other.report = Conversion(self.source, [], [])
+        other.new, other.pools, other.absorbed, other.moved = {}, {}, set(), {}
+        generator = torch.Generator().manual_seed(0)
+        noise = tuple(torch.randn(_REHEARSAL, *x.shape[1:], generator=generator).to(x) for x in inputs)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            twins = copy.deepcopy(list(graphs.values()))
+            for layer in dict.fromkeys(m for twin in twins for m in twin.modules()):
+                if isinstance(layer, nn.modules.lazy.LazyModuleMixin) or tracing.is_parametrized(layer):
+                    continue
+                if isinstance(layer, tracing.WEIGHT_LAYERS):
+                    weight = layer.weight
+                    weight.copy_(torch.randn(weight.shape, generator=generator))
+            plans = [Rewriter(other, twin, prefix, noise, alone) for twin in twins]
+            for plan in plans:
+                plan.run()
+        return [None if plan.flow.failure else plan.decided for plan in plans]
 
     def calls_within(self, part: nn.Module, example: Any) -> dict[nn.Module, Any] | None:
         """With what each module in a part is called: tensors, or None if that is no plain call of tensors.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
@@ -89,17 +89,22 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     return result
 
 
-def lighten_(graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> dict[str, str]:
+def lighten_(
+    graph_module: fx.GraphModule,
+    made: Iterable[nn.Module],
+    decide: Callable[[str, fx.Node, bool], bool] = lambda what, node, seen: seen,
+) -> dict[str, str]:
     """Rewrite a graph in place, its layers' constants with it.
 
     Args:
         graph_module: The only code that calls its modules.
         made: Modules that may change, if they are ours; those with hooks are left alone.
+        decide: Asked where what was measured decides: what, where, and what it says.
 
     Returns:
         What stands at which path now, where that is of another kind.
     """
-    return _Lighter(graph_module, made).run()
+    return _Lighter(graph_module, made, decide).run()
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -108,7 +113,13 @@ def _hooked(module: nn.Module) -> bool:
 
 
 class _Lighter:
-    def __init__(self, graph_module: fx.GraphModule, made: Iterable[nn.Module]) -> None:
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        made: Iterable[nn.Module],
+        decide: Callable[[str, fx.Node, bool], bool],
+    ) -> None:
+        self.decide = decide
         self.graph_module, self.graph = graph_module, graph_module.graph
         self.made = {id(m) for m in made if type(m).__module__ in tracing.OURS and not _hooked(m)}
         # What code reads beside calling it: layer.bias.
@@ -258,7 +269,8 @@ class _Lighter:
         if (entry := self.entry(trunk, raw)) is not None:
             reader, mean, whole = entry
             scale = over_trunk * held.scale
-            if shortcut is not None or not _DRIFT[0] <= whole / scale <= _DRIFT[1]:
+            drifted = not _DRIFT[0] <= whole / scale <= _DRIFT[1]
+            if shortcut is not None or self.decide("drifted", node, drifted):
                 scale = whole
             std = whole / scale
         ratio = over_trunk * held.scale / scale

@@ -680,9 +680,32 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
     if activation is None:
         return weight, bias, _same
     activation = copy.deepcopy(activation).double().cpu()
+    if not activations.is_learned(activation) and _alike(gain) and _alike(bias):
+        gain, bias = (t if t is None else t[:1] for t in (gain, bias))
     with torch.no_grad():
         mean, std = functional.constants(activation, rule, gain, bias, layer.standard)
-    return weight, bias, lambda u: (activation(u) - mean) / std
+    return weight, exact(layer.bias), _Finish(activation, mean, std)
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """An activation and its constants: numbers, or of shape (channels,) or (1,)."""
+
+    activation: nn.Module
+    mean: Tensor | float
+    std: Tensor | float
+
+    def __call__(self, u: Tensor) -> Tensor:
+        return (self.activation(u) - self.mean) / self.std  # type: ignore[no-any-return]
+
+    def is_one(self) -> bool:
+        """Whether it is the same function for all channels."""
+        sizes = {t.numel() for t in (self.mean, self.std) if isinstance(t, Tensor)}
+        return sizes <= {1} and not activations.is_learned(self.activation)
+
+
+def _alike(t: Tensor | None) -> bool:
+    return t is None or (bool(t.numel()) and float(t.max() - t.min()) <= 1e-9 * float(t.abs().max()))
 
 
 def through_channels(
@@ -708,7 +731,13 @@ def through_channels(
         signal's values; the function's mean slope in each channel (or in one for all).
     """
     scale, shift, size = torch.broadcast_tensors(scale, shift, scale if size is None else size)
-    if function is _same and all(bool((t == t[0]).all()) for t in (scale, shift, size)):
+    one = function is _same or (isinstance(function, _Finish) and function.is_one())
+    if (
+        one
+        and _alike(scale)
+        and _alike(size)
+        and float(shift.max() - shift.min()) <= 1e-9 * float(scale.max())
+    ):
         scale, shift, size = scale[:1], shift[:1], size[:1]
     elif len(values) * len(scale) > 2_000_000:  # a coarser grid for each of many channels
         coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))

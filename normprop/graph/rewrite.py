@@ -34,6 +34,7 @@ _LAYERS = {
 }
 _PRESERVE = NormRule(centered=False, constants="none", gain=1.0)
 _TOLERANCE = 0.15  # how far from mean 0, std 1, and from its prediction, a weight layer's map may be
+_LIMIT = 1.0  # and above, where weights that are unlike fresh ones make what the rehearsal did not find
 _TINY = 0.1  # a branch that starts below this std (layer scale) is left to grow by itself
 # Nodes through which a map passes with its elements as they are.
 _PASSING = {
@@ -135,8 +136,11 @@ class Rewriter:
         prefix: str,
         inputs: tuple[Tensor, ...] | None,
         alone: bool,
+        rehearsed: dict[str, bool] | None = None,
     ) -> None:
         self.owner, self.alone = converter, alone
+        self.rehearsed = rehearsed
+        self.decided: dict[str, bool] = {}
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.prefix = prefix
@@ -160,7 +164,7 @@ class Rewriter:
         else:
             self.rewrite_fresh(chains)
             if self.alone:
-                for path, kind in lighten_(self.graph_module, self.owner.new.values()).items():
+                for path, kind in lighten_(self.graph_module, self.owner.new.values(), self.decide).items():
                     self.owner.became(self.path(path), kind)
             if self.flow.failure and self.flow.failure not in self.owner.report.notes:
                 self.owner.report.notes.append(self.flow.failure)
@@ -186,6 +190,12 @@ class Rewriter:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return tracing.module_of(self.graph_module, node)
+
+    def decide(self, what: str, node: fx.Node, seen: bool) -> bool:
+        """A choice that rests on what was measured: as in the rehearsal, if there was one."""
+        name = f"{what} {node.name}"
+        self.decided[name] = seen if self.rehearsed is None else self.rehearsed.get(name, seen)
+        return self.decided[name]
 
     # Find and plan ------------------------------------------------------------------------------
 
@@ -596,7 +606,9 @@ class Rewriter:
         foreseen = max(signal.std, 1e-9)
         wrong = max(abs(mean - signal.mean), abs(std / foreseen - 1), abs(foreseen / max(std, 1e-9) - 1))
         far = max(abs(mean), abs(std - 1), wrong)
-        if far <= _TOLERANCE or not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
+        if not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
+            return node
+        if not self.decide("standardize", node, far > _TOLERANCE) and max(abs(mean), std - 1) <= _LIMIT:
             return node
         module = merges.Standardize(mean, std)
         merges.keep_in_state_dict(module, "mean", "std")
@@ -682,7 +694,7 @@ class Rewriter:
         there, here = (self.flow.moments(n) for n in ends)
         if there is None or here is None:
             return node
-        if trunk is not None and here[1] < _TINY * there[1]:
+        if trunk is not None and self.decide("tiny", node, here[1] < _TINY * there[1]):
             return node
         if trunk is None:
             ends = [self.ready(n) for n in ends]
@@ -691,7 +703,7 @@ class Rewriter:
             scaled = self.branch_weight if node in self.scaled else 1.0
             if scaled == 1.0:
                 ends[1] = self.ready(ends[1])
-            if not 0.2 <= math.hypot(*there) <= 5.0:
+            if self.decide("far", node, not 0.2 <= math.hypot(*there) <= 5.0):
                 ends[0], there = self.ready(ends[0]), (0.0, 1.0)
             module = merges.NormalizedAdd.residual(max(2, self.depth), stds=(there[1], scaled))
             merges.keep_in_state_dict(module, "stds")
