@@ -21,6 +21,7 @@ from normprop import functional
 from normprop.data_norm import first_tensor
 from normprop.graph import trace as tracing
 from normprop.graph.predict import effective, operation_name, path_of, walk
+from normprop.modules import check_model
 from normprop.records import Record, SignalTrace
 
 COLUMNS = 4096  # (sample, position) pairs that a covariance is taken over
@@ -64,6 +65,7 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
         >>> trace["1"].details["dead"]
         0.0
     """
+    check_model(model)
     devices = {p.device for p in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():

@@ -224,6 +224,8 @@ def _cat_scales(sizes: Sequence[Any], weights: Sequence[float]) -> list[Any]:
     unit = _unit(weights)
     _expect(len(unit), "parts", len(sizes))
     total = sum(sizes)
+    if any(isinstance(size, int) and size == 0 for size in sizes):
+        raise ValueError(f"a part of a weighted concatenation is empty, sizes {tuple(sizes)}: leave it out")
     return [weight * (total / size) ** 0.5 for weight, size in zip(unit, sizes, strict=True)]
 
 
@@ -245,7 +247,7 @@ def normalized_cat(parts: Sequence[Tensor], dim: int = 1, weights: Sequence[floa
         Their concatenation.
 
     Raises:
-        ValueError: If the weights are not one a part, all zero or not finite.
+        ValueError: If the weights are not one a part, all zero or not finite, or a weighted part is empty.
 
     Example:
         >>> normalized_cat([torch.ones(1, 1), torch.ones(1, 3)], weights=(1.0, 1.0))

@@ -297,6 +297,7 @@ def scale_together(model: nn.Module) -> _Handle:
         >>> model = nn.Sequential(NormPropLinear(3, 2), NormPropLinear(2, 2))
         >>> handle = scale_together(model)
     """
+    check_model(model)
     if any(isinstance(hook, _OpenShare) for hook in model._forward_pre_hooks.values()):
         return _Handle(())
     return _Handle(
@@ -305,6 +306,12 @@ def scale_together(model: nn.Module) -> _Handle:
             model.register_forward_hook(_close_share, always_call=True),
         )
     )
+
+
+def check_model(model: Any) -> None:
+    """Raises TypeError for what is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
 
 
 def parent_arguments(layer: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normprop import kernels
 from normprop.merges import NormalizedAdd, NormalizedGate
-from normprop.modules import NormalizedActivation, _Handle, _NormProp
+from normprop.modules import NormalizedActivation, _Handle, _NormProp, check_model
 from normprop.rows import Geometry, _norms, _rows, parts, project_rows_, row_view
 
 
@@ -98,6 +98,7 @@ def attach_projection(
             f"{type(optimizer).__name__} takes no step hooks: attach the projection to the optimizer that it "
             "wraps (with Opacus, before make_private)"
         )
+    check_model(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _NormProp)}
     for name, layer in layers.items():
         if "weight" not in layer._parameters:
@@ -248,14 +249,22 @@ class _TrustRegion:
                 for (layer, _), old in zip(units, before, strict=True)
             ]
         ).abs()
-        gains = gain.split([len(zero) for zero in none])
-        for first, *others in self.sharers.values():
-            for other in others:
-                if len(gains[other]) == len(gains[first]):  # the row's unit has the largest
-                    torch.maximum(gains[first], gains[other], out=gains[first])
         gain += change.abs().clamp_max(radius)  # it will not grow by more than that
+        counts = [len(zero) for zero in none]
+        turns = turn.split(counts)
+        shared = [
+            (first, other)
+            for first, *others in self.sharers.values()
+            for other in others
+            if counts[other] == counts[first]
+        ]
+        for first, other in shared:  # its rows turn too
+            turns[other].copy_(turns[first])
         size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
-        factors = (radius / size.clamp_min(max(radius, 1e-30))).split([len(zero) for zero in none])
+        sizes = size.split(counts)
+        for first, other in shared:
+            torch.maximum(sizes[first], sizes[other], out=sizes[first])
+        factors = (radius / size.clamp_min(max(radius, 1e-30))).split(counts)
         for (layer, own), old, factor in zip(units, before, factors, strict=True):
             for name, p in own.items():
                 start, end, share = old[name], p, factor.to(p.dtype)
@@ -377,6 +386,7 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
         >>> [(len(g["params"]), g["weight_decay"]) for g in param_groups(layer, 5e-4)]
         [(1, 0.0), (2, 0.0)]
     """
+    check_model(model)
     for name, value in (("weight_decay", weight_decay), ("gain_decay", gain_decay)):
         if not value >= 0:
             raise ValueError(f"{name} must be at least 0, got {value}")

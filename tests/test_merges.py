@@ -733,3 +733,8 @@ def test_a_shifted_relu_is_a_maximum_that_leaves_its_input():
 @pytest.mark.parametrize("size", [1, 2])
 def test_an_empty_batch_passes_an_adaptive_average(size):
     assert NormalizedAdaptiveAvgPool2d(size)(torch.randn(0, 4, 5, 5)).shape == (0, 4, size, size)
+
+
+def test_an_empty_part_of_a_weighted_concatenation_is_refused():
+    with pytest.raises(ValueError, match=r"is empty, sizes \(3, 0\): leave it out"):
+        NormalizedCat(weights=(1.0, 1.0))(torch.ones(2, 3), torch.ones(2, 0))

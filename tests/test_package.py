@@ -112,3 +112,21 @@ def test_everything_public_is_documented():
     for name, value in vars(normprop).items():
         if not name.startswith("_") and callable(value):
             assert value.__doc__, name
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        normprop.convert,
+        normprop.fold,
+        normprop.lighten,
+        normprop.scale_together,
+        lambda model: normprop.predict(model, torch.ones(1)),
+        lambda model: normprop.measure(model, torch.ones(1)),
+        lambda model: normprop.param_groups(model, 0.0),
+        lambda model: normprop.attach_projection(torch.optim.SGD([torch.ones(1)]), model),
+    ],
+)
+def test_what_is_no_module_is_refused(function):
+    with pytest.raises(TypeError, match=r"^model must be an nn.Module, got int"):
+        function(3)

@@ -21,6 +21,7 @@ from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.rewrite import Rewriter
 from normprop.graph.trace import TraceError, below, has, place
+from normprop.modules import check_model
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _REHEARSAL = 4  # the same where only decisions are taken
@@ -172,8 +173,7 @@ def convert(
           (3): Flatten(start_dim=1, end_dim=-1)
         )
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    check_model(model)
     if not isinstance(rule, NormRule):
         raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
     if type(model).__name__ in _WRAPPERS:
@@ -409,6 +409,7 @@ class Converter:
                     weight.copy_(torch.randn(weight.shape, generator=generator))
             plans = [Rewriter(other, twin, prefix, noise, alone) for twin in twins]
             for plan in plans:
+                plan.flow.chance = {}
                 plan.run()
         return [None if plan.flow.failure else plan.decided for plan in plans]
 

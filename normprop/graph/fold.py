@@ -71,8 +71,7 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
         >>> [type(m).__name__ for m in fold(nn.Sequential(layer), verify=torch.randn(2, 8)).children()]
         ['Linear', 'Threshold']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    modules.check_model(model)
     twin = tracing.copied(model).eval()
     inputs = () if verify is None else tracing.as_inputs(verify, "verify")
     hooked = _hooked(model)

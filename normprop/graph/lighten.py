@@ -68,8 +68,7 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
         >>> [type(m).__name__ for m in lighten(net).children()]
         ['NormPropLinear']
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    modules.check_model(model)
     twin = copy.deepcopy(model)
     graphs = tracing.by_mode(twin, example)
     if len(graphs) > 1:

@@ -24,7 +24,7 @@ from normprop.data_norm import DATA_NORMS
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, RectifiedSum, ShiftedReLU, Standardize
-from normprop.modules import NormalizedActivation
+from normprop.modules import NormalizedActivation, check_model
 from normprop.records import LAYOUT, Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes, with_slope
 
@@ -56,6 +56,7 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
         TraceError: If torch.fx cannot follow the code.
         ValueError: If weights are on the meta device.
     """
+    check_model(model)
     without = [name for name, p in model.named_parameters() if p.is_meta]
     if without:
         raise ValueError(
@@ -169,7 +170,12 @@ class Walk:
             return self._through(node, first, lambda values: values.clamp_min(module.low))
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
-            return self._sum([self._signal(n) for n in inputs], module.factors)
+            parts = [self._signal(n) for n in inputs]
+            if (
+                tuple(getattr(module, "kept", ())) == ("stds",) and parts[0].std > 0
+            ):  # the trunk's was measured
+                parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
+            return self._sum(parts, module.factors)
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)

@@ -52,6 +52,7 @@ class Flow:
         self.inputs = inputs
         self.values: dict[fx.Node, Any] = {}
         self.measured: dict[fx.Node, tuple[float, float]] = {}
+        self.chance: dict[fx.Node, float] | None = None  # what other weights may make of a map's mean
         self.visited: set[fx.Node] = set()
         self.count = 0
         self.failure = ""
@@ -75,9 +76,26 @@ class Flow:
             mean = flat.mean()  # torch.var_mean takes several times as long as the two passes
             length = torch.linalg.vector_norm(flat - mean)
             self.measured[node] = (float(mean), float(length) / math.sqrt(value.numel() - 1))
+            if (
+                self.chance is not None
+                and value.ndim > 1
+                and value.shape[1] > 1
+                and self.is_by_formula(node)
+            ):
+                means = value.transpose(0, 1).flatten(1).float().mean(1)
+                self.chance[node] = float(means.std()) / math.sqrt(len(means))
         for source in node.all_input_nodes:
             if all(user in self.visited for user in source.users):
                 self.values.pop(source, None)
+
+    def is_by_formula(self, node: fx.Node) -> bool:
+        """Whether a weight layer lies before a map, and no measured mean between the two."""
+        assert self.chance is not None
+        module = tracing.module_of(self.graph_module, node)
+        if isinstance(module, merges.Standardize):
+            return False
+        above = any(source in self.chance for source in node.all_input_nodes)
+        return above or tracing.weight_source(self.graph_module, node) is not None
 
     @torch.no_grad()
     def run(self, node: fx.Node) -> Any:
@@ -608,6 +626,8 @@ class Rewriter:
         far = max(abs(mean), abs(std - 1), wrong)
         if not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
             return node
+        if self.flow.chance is not None:
+            far += 2 * self.flow.chance.get(node, 0.0)
         if not self.decide("standardize", node, far > _TOLERANCE) and max(abs(mean), std - 1) <= _LIMIT:
             return node
         module = merges.Standardize(mean, std)
