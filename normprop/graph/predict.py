@@ -171,9 +171,8 @@ class Walk:
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             parts = [self._signal(n) for n in inputs]
-            if (
-                tuple(getattr(module, "kept", ())) == ("stds",) and parts[0].std > 0
-            ):  # the trunk's was measured
+            measured = tuple(getattr(module, "kept", ())) == ("stds",)
+            if measured and parts[0].std > 0:  # the trunk's
                 parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
             return self._sum(parts, module.factors)
         if module is not None and hasattr(module, "propagate"):
@@ -686,11 +685,11 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
     if activation is None:
         return weight, bias, _same
     activation = copy.deepcopy(activation).double().cpu()
-    if not activations.is_learned(activation) and _alike(gain) and _alike(bias):
-        gain, bias = (t if t is None else t[:1] for t in (gain, bias))
+    one = not activations.is_learned(activation) and _alike(gain) and _alike(bias)
+    own_gain, own_bias = (t[:1] if one and t is not None else t for t in (gain, bias))
     with torch.no_grad():
-        mean, std = functional.constants(activation, rule, gain, bias, layer.standard)
-    return weight, exact(layer.bias), _Finish(activation, mean, std)
+        mean, std = functional.constants(activation, rule, own_gain, own_bias, layer.standard)
+    return weight, bias, _Finish(activation, mean, std)
 
 
 @dataclass(frozen=True)
