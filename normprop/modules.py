@@ -87,7 +87,8 @@ class _NormProp(nn.Module):
 
     def reset_parameters(self) -> None:
         """Glorot weights with rows scaled to 1, the rule's gain, bias 0 (paper, sec. 4)."""
-        if not hasattr(self, "gain"):  # the torch parent's constructor calls this first
+        # The torch parent's constructor calls this first; on the meta device there is nothing to draw.
+        if not hasattr(self, "gain") or self.weight.is_meta:
             return
         with torch.no_grad():
             nn.init.xavier_uniform_(self.weight)
