@@ -430,6 +430,17 @@ def test_a_state_dict_loads_into_a_conversion_of_another_seed(data):
         torch.testing.assert_close(ours(x), models[0](x))
 
 
+@pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "regnet_y_400mf"])
+def test_narrow_nets_of_two_seeds_have_the_same_keys(name):
+    torchvision = pytest.importorskip("torchvision")
+    keys = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = torchvision.models.get_model(name)
+        keys.append(set(convert(model, example=torch.zeros(1, 3, 64, 64)).model.state_dict()))
+    assert keys[0] == keys[1]
+
+
 def test_a_rehearsal_leaves_the_random_numbers_and_the_model_alone():
     model = small_residual(0)
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
