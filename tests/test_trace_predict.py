@@ -740,3 +740,20 @@ def test_weights_that_are_no_numbers_are_seen():
     trace = predict(model, torch.randn(2, 4))
     assert math.isnan(trace["1"].std)
     assert math.isnan(trace["0"].gradient)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_trunk_whose_std_was_measured_counts_with_it(measured):
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add = normprop.NormalizedAdd((3.0, 4.0), stds=(2.0, 1.0))
+            if measured:
+                normprop.merges.keep_in_state_dict(self.add, "stds")
+
+        def forward(self, trunk, branch):
+            return self.add(trunk, branch)
+
+    trace = normprop.predict(Sum(), (torch.zeros(1, 8), torch.zeros(1, 8)))
+    expected = 1.0 if measured else math.hypot(0.6 / 2, 0.8)
+    assert trace["add"].std == pytest.approx(expected, rel=1e-3)
