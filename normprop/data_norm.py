@@ -174,9 +174,8 @@ class GlobalDataNorm(nn.Module):
             )
         dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
         std = torch.where(self.std > 0, self.std, 1.0)
-        x = (
-            input.to(dtype) if input.dtype == torch.bool else input
-        )  # truth values cannot be subtracted from
+        # Truth values cannot be subtracted from.
+        x = input.to(dtype) if input.dtype == torch.bool else input
         return ((x - self.mean) / std).to(dtype)
 
     def extra_repr(self) -> str:

@@ -393,7 +393,7 @@ def test_a_hook_that_was_traced_through_is_noted():
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_models_that_cannot_be_copied_say_why():
     model = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.utils.weight_norm(nn.Linear(8, 3)))
-    for follow in (convert, fold, lambda m: normprop.measure(m, torch.randn(8, 5))):
+    for follow in (convert, fold, normprop.lighten, lambda m: normprop.measure(m, torch.randn(8, 5))):
         with pytest.raises(
             normprop.TraceError, match=r"cannot be copied, .* \(old weight_norm .*: remove that"
         ):

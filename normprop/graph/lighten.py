@@ -15,7 +15,6 @@ without normalisation does not make (docs/method.md, section 12).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -69,7 +68,7 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
         ['NormPropLinear']
     """
     modules.check_model(model)
-    twin = copy.deepcopy(model)
+    twin = tracing.copied(model)
     graphs = tracing.by_mode(twin, example)
     if len(graphs) > 1:
         raise TraceError("forward asks self.training: training and eval have no graph in common")

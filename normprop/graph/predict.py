@@ -171,8 +171,8 @@ class Walk:
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             parts = [self._signal(n) for n in inputs]
-            measured = tuple(getattr(module, "kept", ())) == ("stds",)
-            if measured and parts[0].std > 0:  # the trunk's
+            # A conversion measured the trunk's; lightening keeps the weights beside it, of its own making.
+            if getattr(module, "kept", ()) == ("stds",) and parts[0].std > 0:
                 parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
             return self._sum(parts, module.factors)
         if module is not None and hasattr(module, "propagate"):
