@@ -196,9 +196,9 @@ def _hidden_mean(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Ro
 def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     if protocol.name == "full":
         return _grid(protocol, seeds, (*NORMPROP, "batch"))
-    wide = _grid(protocol, 1, (*NORMPROP, "batch"), [{"width": 1.0}])
-    aided = (ITS_STEP, *(f"{name}, orthogonal" for name in NORMPROP))
-    return [*_grid(protocol, seeds, (*VARIANTS, *aided)), *wide]
+    orthogonal = [f"{name}, orthogonal" for name in NORMPROP]
+    wide = _grid(protocol, 1, (*NORMPROP, *orthogonal, "batch"), [{"width": 1.0}])
+    return [*_grid(protocol, seeds, (*VARIANTS, ITS_STEP, *orthogonal)), *wide]
 
 
 def _batch_size(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
