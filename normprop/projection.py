@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -123,8 +124,7 @@ def attach_projection(
                 "orthogonal steps have the length trust_radius, got None; 0.02 suits batches of about 100"
             )
         return optimizer.register_step_post_hook(lambda *_: project_(model))
-    if not 0 < trust_radius < math.inf:
-        raise ValueError(f"trust_radius must be a number above 0, got {trust_radius}")
+    _check_positive("trust_radius", trust_radius)
     half = [
         f"'{name}' is {layer.weight.dtype}"
         for name, layer in layers.items()
@@ -275,6 +275,11 @@ class _TrustRegion:
         project_(self.model)
 
 
+def _check_positive(name: str, value: Any) -> None:
+    if not (isinstance(value, Real) and 0 < float(value) < math.inf):
+        raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
 def _layout(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.stride(), x.dtype, x.device
 
@@ -388,8 +393,8 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
     """
     check_model(model)
     for name, value in (("weight_decay", weight_decay), ("gain_decay", gain_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be at least 0, got {value}")
+        if not (isinstance(value, Real) and float(value) >= 0):
+            raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     kinds = (_NormProp, NormalizedActivation, NormalizedAdd, NormalizedGate)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
     directions = [layer.weight for layer in layers if isinstance(layer, (_NormProp, NormalizedAdd))]
@@ -429,8 +434,7 @@ def clip_grad_unitwise_(
         >>> weight.grad
         tensor([[0.0000, 0.5000]])
     """
-    if not 0 < clipping < math.inf:
-        raise ValueError(f"clipping must be a number above 0, got {clipping}")
+    _check_positive("clipping", clipping)
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue

@@ -612,6 +612,10 @@ def test_bad_arguments():
         convert("resnet18")
     with pytest.raises(TypeError, match=r"rule must be a normprop\.NormRule, got 'paper'"):
         convert(network(), rule="paper")
+    with pytest.raises(
+        TypeError, match=r"filter_fn must be a function of a module and its path, got \['conv'\]"
+    ):
+        convert(network(), filter_fn=["conv"])
     for name in ("DistributedDataParallel", "FullyShardedDataParallel"):
         wrapper = type(name, (nn.Module,), {"forward": lambda self, x: self.module(x)})()
         wrapper.module = network()

@@ -203,10 +203,12 @@ def test_param_groups_skip_frozen_and_count_shared_parameters_once():
 
 
 @pytest.mark.parametrize(
-    ("decay", "gain_decay", "name"), [(-1.0, 0.0, "weight_decay"), (0.0, -1.0, "gain_decay")]
+    ("decay", "gain_decay", "name"),
+    [(-1.0, 0.0, "weight_decay"), (0.0, -1.0, "gain_decay"), (0.0, "5e-4", "gain_decay")],
 )
-def test_negative_decays_are_refused(decay, gain_decay, name):
-    with pytest.raises(ValueError, match=rf"^{name} must be at least 0, got -1.0"):
+def test_bad_decays_are_refused(decay, gain_decay, name):
+    bad = decay or gain_decay
+    with pytest.raises(ValueError, match=rf"^{name} must be a number of at least 0, got {bad!r}"):
         normprop.param_groups(net(), decay, gain_decay)
 
 
@@ -244,7 +246,7 @@ def test_clipping_takes_one_tensor_and_skips_missing_and_zero_gradients():
     torch.testing.assert_close(weight.grad, torch.full((2, 2), 0.25))
 
 
-@pytest.mark.parametrize("clipping", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("clipping", [0.0, -1.0, float("nan"), float("inf"), None])
 def test_bad_clipping_is_refused(clipping):
     with pytest.raises(ValueError, match=f"clipping must be a number above 0, got {clipping}"):
         normprop.clip_grad_unitwise_([nn.Parameter(torch.ones(2))], clipping)
@@ -574,11 +576,11 @@ def test_a_gradient_that_is_no_number_is_not_hidden():
     assert all(p.isnan().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("radius", [0.0, -1.0, float("nan"), float("inf"), "0.01"])
 def test_trust_radius_must_be_a_number_above_0(radius):
     layer = normprop.NormPropLinear(3, 2)
     opt = torch.optim.SGD(layer.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=f"trust_radius must be a number above 0, got {radius}"):
+    with pytest.raises(ValueError, match=f"trust_radius must be a number above 0, got {radius!r}"):
         normprop.attach_projection(opt, layer, radius)
 
 

@@ -162,7 +162,7 @@ def convert(
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
-        TypeError: For what is not a module, or a rule that is not a NormRule.
+        TypeError: For what is not a module, a rule that is not a NormRule, or a filter_fn that is not a function.
         ValueError: For a model that is wrapped for several devices.
 
     Example:
@@ -176,6 +176,8 @@ def convert(
     check_model(model)
     if not isinstance(rule, NormRule):
         raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
+    if not (filter_fn is None or callable(filter_fn)):
+        raise TypeError(f"filter_fn must be a function of a module and its path, got {filter_fn!r}")
     if type(model).__name__ in _WRAPPERS:
         raise ValueError(
             f"model is wrapped in {type(model).__name__}: convert model.module, then wrap the result"
