@@ -112,9 +112,11 @@ def constants(
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         mean, var = activations.mean_var(activation, torch.zeros_like(like), torch.ones_like(like))
         return mean, var.sqrt()
-    assert gain is not None
-    gain = gain.to(torch.promote_types(gain.dtype, torch.float32))
-    shift = torch.zeros_like(gain) if bias is None else bias.to(gain.dtype)
+    given = bias if gain is None else gain
+    assert given is not None
+    wide = torch.promote_types(given.dtype, torch.float32)
+    gain = torch.ones_like(given, dtype=wide) if gain is None else gain.to(wide)
+    shift = torch.zeros_like(gain) if bias is None else bias.to(wide)
     mean, var = activations.mean_var(activation, shift, gain)
     floor = 0.05 * gain.abs() + 1e-3
     # The floor goes inside the root, whose slope at 0 is infinite.
@@ -252,22 +254,25 @@ def normalize_activation(
     mean: Number,
     std: Number,
     dim: int,
-    gain: Tensor | None = None,
-    bias: Tensor | None = None,
+    own: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``(phi(gain * u + bias) - mean) / std``, what is no number along dim ``dim`` < 0 of ``u``."""
+    """``(phi(gain * u + bias) - mean) / std``, ``own`` being gain and bias.
+
+    Tensors hold one value a channel and lie along dim ``dim`` < 0 of ``u``.
+    """
     numbers = (mean, std) if isinstance(mean, float) and isinstance(std, float) else None
     plain = _plain or numbers in (None, (0.0, 1.0))
     slope = None if plain else activations.negative_slope(activation)
     if numbers and slope is not None:  # what is done to phi's output is done to its input
         scale, low = 1 / numbers[1], -numbers[0] / numbers[1]
-        if gain is None or bias is None:
+        if own is None:
             u = affine(u, scale, low)
         else:
-            bias = affine(bias, scale, low)
-            u = torch.addcmul(along(bias, u, dim), u, along(gain * scale, u, dim))
+            gain, bias = own[0] * scale, affine(own[1], scale, low)
+            u = torch.addcmul(along(bias, u, dim), u, along(gain, u, dim))
         return rectify(u, low, slope)  # a map of its own
-    if gain is not None and bias is not None:
+    if own is not None:
+        gain, bias = own
         u = torch.addcmul(along(bias, u, dim), u, along(gain, u, dim))
     y = activation(u)
     if numbers:

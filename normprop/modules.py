@@ -688,9 +688,8 @@ class NormalizedActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
-        return functional.normalize_activation(
-            input, self.activation, mean, std, 1 - input.ndim, self.gain, self.bias
-        )
+        own = None if self.gain is None or self.bias is None else (self.gain, self.bias)
+        return functional.normalize_activation(input, self.activation, mean, std, 1 - input.ndim, own)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:

@@ -279,7 +279,7 @@ def _upsample_shares(
     return _outer(shares)
 
 
-class _AvgPool(nn.Module):
+class AvgPool(nn.Module):
     """Average pools: the torch parent's constructor plus ``correlation=``."""
 
     kernel_size: Any
@@ -314,13 +314,13 @@ class _AvgPool(nn.Module):
         return f"{super().extra_repr()}, correlation={self.correlation}"
 
 
-class NormalizedAvgPool1d(_AvgPool, nn.AvgPool1d):
+class NormalizedAvgPool1d(AvgPool, nn.AvgPool1d):
     """``nn.AvgPool1d`` that keeps variance 1, see :class:`NormalizedAvgPool2d`; (N, C, L) or (C, L)."""
 
     _spatial = 1
 
 
-class NormalizedAvgPool2d(_AvgPool, nn.AvgPool2d):
+class NormalizedAvgPool2d(AvgPool, nn.AvgPool2d):
     r"""``nn.AvgPool2d`` that keeps variance 1: the average divided by :math:`\sqrt{C + (1 - C)/n}`.
 
     n counts the elements that the window really has, so that borders have variance 1 too. What torch
@@ -344,13 +344,13 @@ class NormalizedAvgPool2d(_AvgPool, nn.AvgPool2d):
     _spatial = 2
 
 
-class NormalizedAvgPool3d(_AvgPool, nn.AvgPool3d):
+class NormalizedAvgPool3d(AvgPool, nn.AvgPool3d):
     """``nn.AvgPool3d`` that keeps variance 1, see :class:`NormalizedAvgPool2d`."""
 
     _spatial = 3
 
 
-class _AdaptiveAvgPool(nn.Module):
+class AdaptiveAvgPool(nn.Module):
     """Adaptive average pools: the torch parent's constructor plus ``correlation=``."""
 
     output_size: Any
@@ -387,13 +387,13 @@ def _map_like(module: Any, shapes: Shapes, spatial: int | None = None) -> Tensor
     return torch.ones((), dtype=torch.float64).expand(1, 1, *shape)
 
 
-class NormalizedAdaptiveAvgPool1d(_AdaptiveAvgPool, nn.AdaptiveAvgPool1d):
+class NormalizedAdaptiveAvgPool1d(AdaptiveAvgPool, nn.AdaptiveAvgPool1d):
     """``nn.AdaptiveAvgPool1d`` that keeps variance 1, see :class:`NormalizedAdaptiveAvgPool2d`."""
 
     _spatial = 1
 
 
-class NormalizedAdaptiveAvgPool2d(_AdaptiveAvgPool, nn.AdaptiveAvgPool2d):
+class NormalizedAdaptiveAvgPool2d(AdaptiveAvgPool, nn.AdaptiveAvgPool2d):
     r"""``nn.AdaptiveAvgPool2d`` that keeps variance 1; ``output_size=1`` is global pooling.
 
     Each window's average is divided by :math:`\sqrt{C + (1 - C)/n}`, n its number of elements.
@@ -416,7 +416,7 @@ class NormalizedAdaptiveAvgPool2d(_AdaptiveAvgPool, nn.AdaptiveAvgPool2d):
     _spatial = 2
 
 
-class NormalizedAdaptiveAvgPool3d(_AdaptiveAvgPool, nn.AdaptiveAvgPool3d):
+class NormalizedAdaptiveAvgPool3d(AdaptiveAvgPool, nn.AdaptiveAvgPool3d):
     """``nn.AdaptiveAvgPool3d`` that keeps variance 1, see :class:`NormalizedAdaptiveAvgPool2d`."""
 
     _spatial = 3
@@ -697,7 +697,7 @@ def _declare_max(signal: Signal, count: int, correlation: float, mean: float, st
     return greatest.affine(1 / std, -mean / std), (1 / std**2,)
 
 
-class _MaxPool(nn.Module):
+class MaxPool(nn.Module):
     """Max pools: the torch parent's constructor plus ``activation=`` and ``correlation=``."""
 
     kernel_size: Any
@@ -753,13 +753,13 @@ def _activation_name(activation: Any) -> str:
     return "identity" if activation is None else activations.name_of(activations.as_module(activation))
 
 
-class NormalizedMaxPool1d(_MaxPool, nn.MaxPool1d):
+class NormalizedMaxPool1d(MaxPool, nn.MaxPool1d):
     """``nn.MaxPool1d`` with mean 0 and variance 1, see :class:`NormalizedMaxPool2d`; (N, C, L) or (C, L)."""
 
     _spatial = 1
 
 
-class NormalizedMaxPool2d(_MaxPool, nn.MaxPool2d):
+class NormalizedMaxPool2d(MaxPool, nn.MaxPool2d):
     r"""``nn.MaxPool2d`` with mean 0 and variance 1: :math:`(\max x - m_n)/s_n`.
 
     :math:`m_n, s_n` are the mean and std of the greatest of n normalised activations of Gaussians
@@ -788,13 +788,13 @@ class NormalizedMaxPool2d(_MaxPool, nn.MaxPool2d):
     _spatial = 2
 
 
-class NormalizedMaxPool3d(_MaxPool, nn.MaxPool3d):
+class NormalizedMaxPool3d(MaxPool, nn.MaxPool3d):
     """``nn.MaxPool3d`` with mean 0 and variance 1, see :class:`NormalizedMaxPool2d`."""
 
     _spatial = 3
 
 
-class _AdaptiveMaxPool(nn.Module):
+class AdaptiveMaxPool(nn.Module):
     """Adaptive max pools: the torch parent's constructor plus ``activation=`` and ``correlation=``."""
 
     output_size: Any
@@ -828,13 +828,13 @@ class _AdaptiveMaxPool(nn.Module):
         return f"{super().extra_repr()}, activation={self.activation}, correlation={self.correlation}"
 
 
-class NormalizedAdaptiveMaxPool1d(_AdaptiveMaxPool, nn.AdaptiveMaxPool1d):
+class NormalizedAdaptiveMaxPool1d(AdaptiveMaxPool, nn.AdaptiveMaxPool1d):
     """``nn.AdaptiveMaxPool1d`` with mean 0 and variance 1, see :class:`NormalizedAdaptiveMaxPool2d`."""
 
     _spatial = 1
 
 
-class NormalizedAdaptiveMaxPool2d(_AdaptiveMaxPool, nn.AdaptiveMaxPool2d):
+class NormalizedAdaptiveMaxPool2d(AdaptiveMaxPool, nn.AdaptiveMaxPool2d):
     """``nn.AdaptiveMaxPool2d`` with mean 0 and variance 1; ``output_size=1`` is global pooling.
 
     Args:
@@ -852,7 +852,7 @@ class NormalizedAdaptiveMaxPool2d(_AdaptiveMaxPool, nn.AdaptiveMaxPool2d):
     _spatial = 2
 
 
-class NormalizedAdaptiveMaxPool3d(_AdaptiveMaxPool, nn.AdaptiveMaxPool3d):
+class NormalizedAdaptiveMaxPool3d(AdaptiveMaxPool, nn.AdaptiveMaxPool3d):
     """``nn.AdaptiveMaxPool3d`` with mean 0 and variance 1, see :class:`NormalizedAdaptiveMaxPool2d`."""
 
     _spatial = 3

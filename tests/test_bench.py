@@ -56,6 +56,16 @@ def test_a_wrong_contender_is_not_timed(monkeypatch):
     assert "ratio" not in rows["normprop"]
 
 
+def test_without_a_right_network_without_norm_there_is_no_ratio(monkeypatch):
+    honest = module.Contender.error
+    monkeypatch.setattr(
+        module.Contender, "error", lambda self, *args: 1.0 if self.norm == "none" else honest(self, *args)
+    )
+    rows = {row["norm"]: row for row in measure(SMALL, ["normprop"], 1, "cpu")}
+    assert rows["none"]["status"] == "wrong: relative error 1 against float64"
+    assert rows["normprop"]["status"] == "no ratio: 'none' is wrong: relative error 1 against float64"
+
+
 def test_the_definition_is_what_the_layers_compute():
     for rule in (normprop.PAPER, normprop.NormRule(True, "affine", 0.7)):
         for activation in ("relu", "gelu", torch.nn.LeakyReLU(0.2), None):

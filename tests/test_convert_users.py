@@ -478,3 +478,46 @@ def test_slices_of_a_sequential_are_followed():
     assert [site.path for site in conversion.replaced] == ["body.0.0", "body.1.0", "body.2.0"]
     for ours, theirs in zip(conversion.model(x), model(x), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+class SelfGated(nn.Module):
+    """An activation written out, between two layers."""
+
+    def __init__(self, phi):
+        super().__init__()
+        self.first, self.last = block(3, 16, nn.Identity), block(16, 8)
+        self.beta = nn.Parameter(torch.ones(16, 1, 1))
+        self.phi = phi
+
+    def forward(self, x):
+        return self.last(self.phi(self, self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "phi",
+    [
+        lambda self, x: x * torch.sigmoid(1.702 * x),
+        lambda self, x: x * torch.tanh(F.softplus(x)),
+        lambda self, x: x * torch.sigmoid(self.beta * x),
+        lambda self, x: torch.sigmoid(x) * (2 * x),
+    ],
+    ids=["quick gelu", "mish", "swish", "scaled"],
+)
+def test_an_activation_written_out_is_no_gate(phi):
+    conversion = convert(SelfGated(phi), strict=True)
+    assert not any("Gate" in site.target for site in conversion.replaced)
+    # What the last layer reads is the activation of the first's output, but for mean and length.
+    net, x = conversion.model, torch.randn(8, 3, 9, 9)
+    seen = {}
+    for name in ("first.0", "last.0"):
+        net.get_submodule(name).register_forward_hook(
+            lambda m, args, y, name=name: seen.update({name: (args[0], y)})
+        )
+    net(x)
+    together = torch.stack([phi(net, seen["first.0"][1]).flatten(), seen["last.0"][0].flatten()])
+    assert torch.corrcoef(together)[0, 1] > 0.9999
+
+
+def test_reports_name_a_pools_activation_plainly():
+    net = nn.Sequential(*block(3, 8), nn.MaxPool2d(2), *block(8, 8))
+    assert "NormalizedMaxPool2d, relu\n" in str(convert(net))

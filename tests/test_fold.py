@@ -318,6 +318,21 @@ def test_adaptive_max_pool_has_the_constants_of_its_size():
     assert_folds(net, randn(2, 3, 9, 9))  # windows of one size: no map
 
 
+def test_pools_that_are_subclassed_are_still_ours():
+    class Top(NormalizedAdaptiveMaxPool2d):
+        pass
+
+    net = nn.Sequential(conv(3), Top(2)).double()
+    assert_folds(net, randn(2, 3, 9, 8))
+
+
+def test_dropout_that_always_drops_drops_before_the_constants():
+    layer = NormPropLinear(8, 8, activation="gelu")
+    net = Code(lambda self, x: F.dropout(self.layer(x), 0.5), layer=layer)
+    zeros = (fold(net)(torch.randn(500, 8)) == 0).double().mean()
+    assert abs(float(zeros) - 0.5) < 5 * 0.5 / 4000**0.5
+
+
 def test_outputs_of_any_structure():
     def body(self, x):
         y = self.a(self.first(x))

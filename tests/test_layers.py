@@ -460,6 +460,16 @@ def test_affine_constants_do_not_cancel_in_float32(name, ratio, gain):
     torch.testing.assert_close(std, torch.maximum(true_var.sqrt(), floor).float(), rtol=1e-6, atol=0)
 
 
+def test_constants_of_a_gain_or_a_bias_alone():
+    module, rule = activations.as_module("gelu"), NormRule(constants="affine")
+    value, one, zero = torch.tensor([0.3, -1.0]), torch.ones(2), torch.zeros(2)
+    for alone, both in (((None, value), (one, value)), ((value, None), (value, zero))):
+        torch.testing.assert_close(
+            functional.constants(module, rule, *alone, None),
+            functional.constants(module, rule, *both, None),
+        )
+
+
 @pytest.mark.parametrize("ratio", [-30.0, -3.0, 0.0, 3.0, 30.0])
 @pytest.mark.parametrize("name", ["relu", "prelu", "gelu"])
 def test_affine_layers_in_float32_follow_float64(name, ratio):

@@ -463,6 +463,10 @@ def test_an_interrupted_comparison_goes_on_and_another_one_is_refused(few, tmp_p
     assert [row["test_accuracy"] for row in second["rows"]] == [0.125, first["rows"][1]["test_accuracy"]]
     with pytest.raises(InputError, match="holds another comparison"):
         compare(replace(run, width=1.0), few, ["normprop", "none"], [16], 1, tmp_path)
+    for other in ("[1, 2]", '{"run": 3}', "no JSON"):
+        (tmp_path / "results.json").write_text(other)
+        with pytest.raises(InputError, match=r"results\.json there is of something else"):
+            compare(run, few, ["normprop", "none"], [16], 1, tmp_path)
 
 
 def test_ctrl_c_keeps_what_is_finished(tmp_path):

@@ -476,8 +476,9 @@ def gaussian_stats(code, x=None):
         lambda self, x: torch.relu(x) * x,
         lambda self, x: x.abs().sqrt().clamp(0.3, 1.0),
         lambda self, x: 3 - x,
+        lambda self, x: torch.sub(F.relu(x), x, alpha=3.0),
     ],
-    ids=["x + x", "swish", "relu - relu", "polynomial", "relu * x", "chain", "rsub"],
+    ids=["x + x", "swish", "relu - relu", "polynomial", "relu * x", "chain", "rsub", "alpha"],
 )
 def test_functions_of_one_map_are_exact(code):
     record = predict(Code(code), randn(4))[-1]
@@ -493,6 +494,41 @@ def test_the_gradient_of_a_function_of_one_map_is_exact():
     (torch.relu(x) * x + x).backward(torch.ones(len(x)))
     found = predict(Code(lambda self, x: torch.relu(x) * x + x), randn(4))
     assert found["x"].gradient == pytest.approx(float(x.grad.square().mean().sqrt()), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda x, y, softmax: torch.add(x, y, alpha=3.0),
+        lambda x, y, softmax: torch.sub(x, y[:, :1], alpha=20.0),
+        lambda x, y, softmax: torch.softmax(0.1 * x, 1),
+        lambda x, y, softmax: F.softmax(0.1 * x, dim=-2),
+        lambda x, y, softmax: softmax(0.1 * x),
+        lambda x, y, softmax: torch.einsum("bij,bkj->bik", x, y),
+        lambda x, y, softmax: torch.einsum("bij, bkj", x, y),
+        lambda x, y, softmax: torch.einsum("...ij,...kj->...ik", x, y),
+    ],
+    ids=["add", "sub", "softmax", "F.softmax", "Softmax", "einsum", "implicit", "ellipsis"],
+)
+def test_what_arguments_say_counts(code):
+    model = Code(lambda self, x: code(*x, self.softmax), softmax=nn.Softmax(1))
+    x = randn(2, 64, 100, 7)
+    record, y = predict(model, x)[-1], model(x)
+    assert record.mean == pytest.approx(float(y.mean()), abs=0.05 * float(y.std()))
+    assert record.std == pytest.approx(float(y.std()), rel=0.05)
+
+
+def test_modules_that_look_alike_are_told_apart():
+    class Act(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x):
+            return x.relu() if self.kind == "relu" else x.softmax(-1)
+
+    x = randn(4, 8)
+    assert [predict(nn.Sequential(Act(k)), x)[-1].op for k in ("relu", "softmax")] == ["Act", "softmax"]
 
 
 def notes(model, x):
@@ -686,6 +722,24 @@ def base_written(self, x):
     return v
 
 
+def selected(self, x):
+    h = self.conv(x)
+    h.select(1, 0).relu_()
+    return h
+
+
+def raveled(self, x):
+    h = self.conv(x)
+    h.ravel().relu_()
+    return h
+
+
+def diagonal(self, x):
+    h = self.conv(x)
+    h.diagonal(0, 2, 3).relu_()
+    return h
+
+
 def harmless(self, x):
     h = self.conv(x)
     a, b = h[:, :2], h[:, 2:]
@@ -695,7 +749,7 @@ def harmless(self, x):
     return torch.cat([v, b.flatten(2)], 1)
 
 
-@pytest.mark.parametrize("code", [view_written, base_written])
+@pytest.mark.parametrize("code", [view_written, base_written, selected, raveled, diagonal])
 def test_a_write_through_another_name_is_refused(code):
     model = Code(code, conv=nn.Conv2d(3, 4, 3))
     for call in (lambda m: predict(m, randn(2, 3, 8, 8)), lambda m: normprop.fold(m)):

@@ -105,6 +105,12 @@ def _hooks(module: nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith("normprop.") for hook in hooks)
 
 
+def _drops(node: fx.Node) -> bool:
+    """Whether it is a dropout, written as a function, that draws in eval mode too."""
+    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
+    return key(node) == "dropout" and bool(training)
+
+
 def _is_plain_layer(module: Any) -> bool:
     """Whether a weight layer's numbers may be changed."""
     return tracing.is_weight_layer(module) and not (tracing.is_parametrized(module) or _hooks(module))
@@ -234,7 +240,7 @@ class _Folder:
             return self.weight_layer(node, module)
         if module is not None and type(module).__module__ not in tracing.OURS and _hooks(module):
             return self.copied(node, module)
-        if module is not None and "NormalizedAdaptiveMaxPool" in type(module).__name__:
+        if isinstance(module, pools.AdaptiveMaxPool):
             return self.adaptive_max_pool(node, module)
         held = [self.values[n] for n in tensor_inputs(node)]
         if all(value.plain for value in held) and key(node) not in ("add", "sub", "mul", "div", "rsub"):
@@ -285,7 +291,7 @@ class _Folder:
                 return self.above(first, threshold)
             if isinstance(module, _COMMUTE_MODULES) and not getattr(module, "return_indices", False):
                 return _Value(self.module(str(node.target), module, first.node), first.a, first.b)
-            if what in _COMMUTE and not node.kwargs.get("return_indices"):
+            if what in _COMMUTE and not (node.kwargs.get("return_indices") or _drops(node)):
                 new = self.graph.node_copy(node, lambda n: self.values[n].node)
                 return _Value(new, first.a, first.b)
         if (
@@ -295,9 +301,7 @@ class _Folder:
             and len(numbers) == len(node.args) - 1 == 1
         ):
             number = float(numbers[0])
-            made = node.meta.get("value")
-            whole = isinstance(made, Tensor) and not made.is_floating_point()
-            if whole or "rounding_mode" in node.kwargs or (what in ("mul", "div") and number == 0.0):
+            if "rounding_mode" in node.kwargs or (what in ("mul", "div") and number == 0.0):
                 return None
             if what == "mul":
                 return _Value(first.node, first.a * number, first.b * number)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn import grad as input_gradients
 
-from normprop import activations, functional
+from normprop import activations, functional, pools
 from normprop.data_norm import DATA_NORMS
 from normprop.graph import trace as tracing
 from normprop.graph.trace import key, shape, tensor_inputs
@@ -35,6 +35,8 @@ Result = tuple[Signal, list[Any]]
 
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
 _POOLS = {"max_pool": "max", "avg_pool": "avg", "adaptive_avg_pool": "avg", "adaptive_max_pool": "max"}
+_AVERAGES = (pools.AvgPool, pools.AdaptiveAvgPool)
+_MAXIMA = (pools.MaxPool, pools.AdaptiveMaxPool)
 SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed, above it is Gaussian
 
 
@@ -178,9 +180,9 @@ class Walk:
         if module is not None and hasattr(module, "propagate"):
             if len(inputs) > 1:
                 self._check_correlation(node, inputs)
-            if "Pool" in type(module).__name__:
-                self.evens[node] = float("Avg" in type(module).__name__)
-            if "MaxPool" in type(module).__name__:
+            if isinstance(module, (*_AVERAGES, *_MAXIMA)):
+                self.evens[node] = float(isinstance(module, _AVERAGES))
+            if isinstance(module, _MAXIMA):
                 self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
             shapes = [shape(n) for n in inputs]
             try:
@@ -212,9 +214,9 @@ class Walk:
         if what in ("batch_norm", "layer_norm", "group_norm", "instance_norm"):
             return first.standardized(), [1 / max(first.var, 1e-12)] + [0.0] * (len(inputs) - 1)
         if isinstance(module, nn.Softmax) or what == "softmax":
-            return self._softmax(node, inputs[0])
-        if what in ("matmul", "einsum", "baddbmm") and len(inputs) == 2:
-            return self._matmul(node, inputs)
+            return self._softmax(node, module, inputs[0])
+        if what in ("matmul", "einsum") and len(inputs) == 2:
+            return self._matmul(node, what, inputs)
         if what == "scaled_dot_product_attention":
             tokens = (shape(inputs[1]) or (1, 1))[-2]
             value = self._signal(inputs[2])
@@ -285,7 +287,10 @@ class Walk:
     def _arithmetic(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
         a, b = inputs
         one, other = (self.origin.get(n, (n, _same)) for n in (a, b))
-        operation = getattr(torch, what)
+        alpha = float(node.kwargs.get("alpha", 1.0))  # type: ignore[arg-type]
+        operation = (
+            getattr(torch, what) if alpha == 1.0 else functools.partial(getattr(torch, what), alpha=alpha)
+        )
         if one[0] is other[0] and shape(a) == shape(b):  # x * sigmoid(x), x + x
             origin = one[0]
 
@@ -299,9 +304,10 @@ class Walk:
         x, y = self._signal(a), self._signal(b)
         self._check_correlation(node, inputs)
         if what in ("add", "sub"):
+            share = alpha if what == "add" else -alpha
             if shape(a) == shape(b):
-                return self._sum([x, y], [1.0, 1.0 if what == "add" else -1.0])
-            return x.plus(y if what == "add" else y.affine(-1.0)), [1.0, 1.0]
+                return self._sum([x, y], [1.0, share])
+            return x.plus(y.affine(share)), [1.0, share**2]
         if what == "div":
             y, _ = y.apply(torch.reciprocal)
         if shape(a) == shape(b):
@@ -511,17 +517,21 @@ class Walk:
         self.evens[node] = _even_share((scale * slope).square(), result, passing)
         return result, [lambda density: passing(density) / unit]
 
-    def _softmax(self, node: fx.Node, source: fx.Node) -> Result:
+    def _softmax(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         self.notes[node] = "softmax of independent logits"
         self.evens[node] = 0.0
-        size = (shape(node) or (2,))[-1]
+        named = getattr(module, "dim", node.kwargs.get("dim"))
+        dim: Any = node.args[1] if len(node.args) > 1 else named
+        size = (shape(node) or (2,))[-1 if dim is None else dim]
         signal, _ = self._signal(source).apply(torch.exp)
         result = signal.affine(1 / (size * signal.mean))
         return result, [result.rms**2]
 
-    def _matmul(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
+    def _matmul(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
         a, b = (self._signal(n) for n in inputs)
         inner = (shape(inputs[0]) or (1,))[-1]
+        if what == "einsum":
+            inner = _summed(str(node.args[0]), [shape(n) or () for n in inputs])
         self.notes[node] = "product of two maps: taken as independent"
         mean = inner * a.mean * b.mean
         var = inner * (a.rms**2 * b.rms**2 - (a.mean * b.mean) ** 2)
@@ -627,6 +637,18 @@ def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, densi
 
 def _same(values: Tensor) -> Tensor:
     return values
+
+
+def _summed(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Over how many products an einsum of two tensors sums."""
+    terms, arrow, result = equation.replace(" ", "").partition("->")
+    sizes: dict[str, int] = {}
+    for term, size in zip(terms.split(","), shapes, strict=True):
+        before, _, behind = term.partition("...")
+        sizes.update(zip(before, size, strict=False))
+        sizes.update(zip(reversed(behind), reversed(size), strict=False))
+    kept = result if arrow else "".join(c for c in sizes if terms.count(c) == 1)
+    return math.prod(size for label, size in sizes.items() if label not in kept)
 
 
 def _is_number(value: Any) -> bool:

@@ -357,14 +357,20 @@ class Rewriter:
                 alone = len(top.users) == 1 and len(tensor_inputs(top)) == 1
                 if not (alone and _is_bounded(tracing.activation_of(top, self.module(top)))):
                     continue
-                if (
-                    tensor_inputs(top)[0] is not other
-                    and self.behind_weight(top)
-                    and self.behind_weight(other)
-                ):
+                itself = self.made_of(top) is self.made_of(other)  # x * sigmoid(2 * x)
+                if not itself and self.behind_weight(top) and self.behind_weight(other):
                     gates[node] = (index, top)
                     break
         return gates
+
+    def made_of(self, node: fx.Node) -> fx.Node:
+        """The map from which a node is made, by operations without weights that read it alone and keep its shape."""
+        while tracing.weight_source(self.graph_module, node) is None:
+            sources = {n for n in tensor_inputs(node) if n.op != "get_attr"}
+            if len(sources) != 1 or shape(*sources) != shape(node):
+                break
+            (node,) = sources
+        return node
 
     def behind_weight(self, node: fx.Node) -> bool:
         """Whether a weight layer lies before the node."""
@@ -432,12 +438,11 @@ class Rewriter:
         return " -> ".join(parts)
 
     def record(self, path: str, source: str, target: nn.Module) -> None:
-        text = repr(target).split("(", 1)
-        name = getattr(target, "activation", None)
-        detail = "" if name is None else f", {activations.name_of(name)}"
+        phi = getattr(target, "activation", None)
+        name = phi if phi is None or isinstance(phi, str) else activations.name_of(phi)
         rule = getattr(target, "rule", None)
-        centered = ", centered" if rule is not None and rule.centered else ""
-        self.owner.replaced(self.path(path), source, text[0] + detail + centered)
+        details = [type(target).__name__, name, "centered" if rule is not None and rule.centered else None]
+        self.owner.replaced(self.path(path), source, ", ".join(filter(None, details)))
 
     def build_layer(self, chain: _Chain, head: fx.Node) -> nn.Module:
         source = tracing.weight_source(self.graph_module, head)
@@ -809,7 +814,7 @@ class Rewriter:
     def correlate(self, pool: nn.Module, source: fx.Node) -> None:
         """Give a global average pool the correlation of the positions that it averages."""
         x = self.flow.values.get(source)
-        if not isinstance(x, Tensor) or "AdaptiveAvg" not in type(pool).__name__ or x.ndim <= 2:
+        if not (isinstance(x, Tensor) and isinstance(pool, pools.AdaptiveAvgPool)) or x.ndim <= 2:
             return
         count = math.prod(x.shape[2:])
         if count < 2 or any(size not in (1, None) for size in pools.per_axis(pool.output_size, x.ndim - 2)):

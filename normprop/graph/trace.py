@@ -12,6 +12,7 @@ import inspect
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from normprop import activations
+from normprop import activations, pools
 
 WEIGHT_LAYERS = (
     nn.Linear,
@@ -149,9 +150,7 @@ class _Tracer(fx.Tracer):
             super().is_leaf_module(m, path)
             or type(m).__module__ in self.leaves
             or _home_of_forward(m) in self.leaves  # a subclass without a forward of its own
-            or type(m).__name__.startswith(
-                "NormalizedAdaptiveMaxPool"
-            )  # its constants need sizes as numbers
+            or isinstance(m, pools.AdaptiveMaxPool)  # its constants need sizes as numbers
             or is_weight_layer(m)
             or is_batch_norm(m)
             or type(m).__name__ in RANDOM_NAMES
@@ -426,7 +425,13 @@ def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _other_names(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors that a node is a view of, and the views of it."""
+    """The tensors that a node is a view of, and its views: by storage, or by name if there is no value."""
+    if isinstance(value := node.meta.get("value"), Tensor):
+        for other in node.graph.nodes:
+            its = other.meta.get("value")
+            if other is not node and isinstance(its, Tensor) and _storage(its) == _storage(value):
+                yield other
+        return
 
     def is_view(n: fx.Node) -> bool:
         name = type(model.get_submodule(str(n.target))).__name__ if n.op == "call_module" else key(n)
@@ -440,6 +445,10 @@ def _other_names(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
     for view in views:  # grows
         yield view
         views += [user for user in view.users if is_view(user)]
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
 
 
 def _is_map(node: fx.Node) -> bool:
@@ -545,7 +554,7 @@ def is_batch_norm(module: Any) -> bool:
     return isinstance(module, _BatchNorm) and "InstanceNorm" not in type(module).__name__
 
 
-_OWN: dict[tuple[type, str], bool] = {}
+_OWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def own_activation(module: nn.Module) -> nn.Module | None:
@@ -555,16 +564,15 @@ def own_activation(module: nn.Module) -> nn.Module | None:
         return None
     if any(True for _ in module.children()) or any(True for _ in module.parameters()):
         return None
-    signature = (kind, repr(module))
-    if signature not in _OWN:
+    if module not in _OWN:
         try:
             y = module(torch.linspace(-3, 3, 7, dtype=torch.float64))
-            _OWN[signature] = isinstance(y, Tensor) and not isinstance(
+            _OWN[module] = isinstance(y, Tensor) and not isinstance(
                 activations.as_module(copy.deepcopy(module)), nn.Identity
             )
         except Exception:
-            _OWN[signature] = False
-    return module if _OWN[signature] else None
+            _OWN[module] = False
+    return module if _OWN[module] else None
 
 
 def module_of(graph_module: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -304,6 +304,9 @@ def measure(
         if not row["error"] <= TOLERANCE:
             row["status"] = f"wrong: relative error {row['error']:.2g} against float64"
             continue
+        if norm != "none" and rows["none"]["status"] != "ok":
+            row["status"] = f"no ratio: 'none' is {rows['none']['status']}"
+            continue
         if case.precision != "fp32":
             row[f"error_{case.precision}"] = contender.error(batch, y, case.precision)
         row["bytes"] = contender.memory(batch, y)

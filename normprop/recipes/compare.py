@@ -106,7 +106,7 @@ def _rows_so_far(out: Path, shared: dict[str, Any]) -> list[Row]:
         before = json.loads(path.read_text())
         known = {name: value for name, value in asdict(Run()).items() if name in shared} | before["run"]
         same, complete, rows = known == shared, before["status"] == "complete", before["rows"]
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"--out {out}: results.json there is of something else; choose another --out"
         ) from error
