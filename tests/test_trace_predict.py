@@ -749,7 +749,14 @@ def harmless(self, x):
     return torch.cat([v, b.flatten(2)], 1)
 
 
-@pytest.mark.parametrize("code", [view_written, base_written, selected, raveled, diagonal])
+def sibling(self, x):
+    h = self.conv(x)
+    v = h.flatten(2)
+    h[:, :2].relu_()
+    return v
+
+
+@pytest.mark.parametrize("code", [view_written, base_written, selected, raveled, diagonal, sibling])
 def test_a_write_through_another_name_is_refused(code):
     model = Code(code, conv=nn.Conv2d(3, 4, 3))
     for call in (lambda m: predict(m, randn(2, 3, 8, 8)), lambda m: normprop.fold(m)):

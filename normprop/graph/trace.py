@@ -417,7 +417,8 @@ def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
                 if order[user] > order[node]:
                     user.replace_input_with(target, node)
             for other in _other_names(model, target):
-                if order[other] < order[node] and any(order[user] > order[node] for user in other.users):
+                read_later = any(order[user] > order[node] for user in other.users)
+                if order[other] < order[node] and read_later and _overlap(target, other):
                     raise TraceError(
                         f"'{node}' writes into '{target}', of which '{other}', read later, is another view; "
                         "write it out of place"
@@ -425,12 +426,10 @@ def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
 
 
 def _other_names(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """The tensors that a node is a view of, and its views: by storage, or by name if there is no value."""
-    if isinstance(value := node.meta.get("value"), Tensor):
-        for other in node.graph.nodes:
-            its = other.meta.get("value")
-            if other is not node and isinstance(its, Tensor) and _storage(its) == _storage(value):
-                yield other
+    """The other names of a node's memory: by storage; without values its views, and what it is a view of."""
+    if isinstance(node.meta.get("value"), Tensor):
+        storage = _storage(node)
+        yield from (other for other in node.graph.nodes if other is not node and _storage(other) == storage)
         return
 
     def is_view(n: fx.Node) -> bool:
@@ -447,8 +446,19 @@ def _other_names(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
         views += [user for user in view.users if is_view(user)]
 
 
-def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("value")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _overlap(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two views of one memory share an element; yes, if it is not known."""
+    a, b = (n.meta.get("value") for n in (node, other))
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dtype != b.dtype:
+        return True
+    seen = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
+    seen.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset()).any())
 
 
 def _is_map(node: fx.Node) -> bool:
