@@ -5,7 +5,7 @@ Read in this order:
     gaussian      E, Var and E[phi'^2] of a function of a Gaussian
     signal        the distribution of a map, carried by formula
     activations   the table of activations; ``moments`` of any of them
-    rows          weight rows scaled to given lengths, many layers at once
+    rows          weight rows scaled to given lengths, many layers at once; kernels: the same on a GPU
     functional    ``NormRule`` and the layer maths, stateless
     modules       the layers
     merges        what stands between layers: sums, concatenations, gates, dropout

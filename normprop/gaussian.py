@@ -63,10 +63,8 @@ def _location(mean: Tensor, std: Tensor) -> Tensor:
 # --- closed forms: (mean, std, parameters) -> (mean, var, slope) ----------------------------
 
 
-def piecewise_linear(
-    mean: Tensor, std: Tensor, negative: Tensor | float, positive: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Moments of ``positive * u`` for u > 0, ``negative * u`` for u < 0: ReLU, LeakyReLU, PReLU, abs.
+def piecewise_linear(mean: Tensor, std: Tensor, negative: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Moments of ``u`` for u > 0, ``negative * u`` for u < 0: ReLU, LeakyReLU, PReLU, abs.
 
     With :math:`r = \mu/\sigma` and :math:`M(r) = r\Phi(r) + \phi(r)`, the mean of
     :math:`\max(r + t, 0)`, its variance is :math:`\Phi(r) - M(r) M(-r)`; the two halves never
@@ -77,7 +75,6 @@ def piecewise_linear(
         mean: Any shape, mean of u.
         std: Broadcastable, standard deviation of u, at least 0.
         negative: Slope left of 0 (may be a tensor with gradients, as PReLU's).
-        positive: Slope right of 0.
 
     Returns:
         Mean, variance and mean squared slope.
@@ -91,11 +88,9 @@ def piecewise_linear(
     right, left, density = cdf(r), cdf(-r), pdf(r)
     upper, lower = r * right + density, density - r * left
     shared = upper * lower
-    first = positive * (mean * right + std * density) + negative * (mean * left - std * density)
-    unit_var = (
-        positive**2 * (right - shared) + negative**2 * (left - shared) + 2 * positive * negative * shared
-    )
-    slope = positive**2 * right + negative**2 * left
+    first = mean * right + std * density + negative * (mean * left - std * density)
+    unit_var = right - shared + negative**2 * (left - shared) + 2 * negative * shared
+    slope = right + negative**2 * left
     return first, std**2 * unit_var, slope
 
 
@@ -212,8 +207,8 @@ def quadrature_slope(phi: Phi, mean: Tensor, std: Tensor, kinks: Sequence[float]
 # --- where an unknown function bends ----------------------------------------------------------
 
 
-def breakpoints(phi: Phi, reach: float = 27.0) -> tuple[float, ...]:
-    """Points that split ``[-reach, reach]`` so that each panel of ``phi`` is integrated accurately.
+def breakpoints(phi: Phi) -> tuple[float, ...]:
+    """Points that split the integrals' interval so that each panel of ``phi`` is integrated accurately.
 
     Panels whose 20-point rule disagrees with its two halves are bisected. A panel that still
     disagrees at width 1e-7 holds a kink or a jump; the search then starts again from the kinks, so
@@ -221,7 +216,6 @@ def breakpoints(phi: Phi, reach: float = 27.0) -> tuple[float, ...]:
 
     Args:
         phi: Element-wise function of a float64 tensor.
-        reach: Half-width of the interval, in units of u.
 
     Returns:
         Sorted points strictly inside the interval: kinks, jumps and edges of sharp bends.
@@ -230,12 +224,12 @@ def breakpoints(phi: Phi, reach: float = 27.0) -> tuple[float, ...]:
         >>> [round(k, 6) for k in breakpoints(lambda u: (u - 0.3).abs())]
         [0.3]
     """
-    base = {x for x in _UNIT_EDGES if abs(x) < reach} | {-reach, reach}
+    first, *inner, last = _UNIT_EDGES
     # A kink on an edge of the search would go unseen, and its panel edge must move with it.
-    shifted = {x + math.pi / 100 for x in base if x < reach} | {-reach, reach}
-    found = _refine(phi, sorted(shifted), collect_kinks=True)
-    kinks = {next((x for x in base if abs(x - kink) < 1e-6), kink) for kink in found}
-    edges = _refine(phi, sorted({*base, *kinks}), collect_kinks=False)
+    shifted = [first, *(x + math.pi / 100 for x in (first, *inner)), last]
+    found = _refine(phi, shifted, collect_kinks=True)
+    kinks = {next((x for x in _UNIT_EDGES if abs(x - kink) < 1e-6), kink) for kink in found}
+    edges = _refine(phi, sorted({*_UNIT_EDGES, *kinks}), collect_kinks=False)
     return tuple(sorted({*kinks, *edges}))
 
 

@@ -164,7 +164,6 @@ def scale(
 def pull_back(
     numbers: tuple[tuple[float, float, float], ...],
     centered: bool,
-    dtype: torch.dtype | None,
     weights: Sequence[Tensor],
     gains: Sequence[Tensor],
     lengths: Tensor,

@@ -570,7 +570,7 @@ def keep_in_state_dict(module: nn.Module, *names: str) -> None:
     """Numbers that were measured go with the weights: the state dict's ``constants``, float64.
 
     Args:
-        module: One of this file's modules.
+        module: Any module of ours.
         names: Its attributes, numbers or tuples of numbers.
     """
     before: tuple[str, ...] = getattr(module, "kept", ())

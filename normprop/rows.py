@@ -309,14 +309,14 @@ class _Scale(torch.autograd.Function):
         """
         recipe: Recipe = ctx.recipe
         n, saved = len(ctx.geometries), ctx.saved_tensors
-        result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        biases = len(result) - 2 - 2 * n
+        result: list[Tensor | None] = [None] * (2 + 2 * n)
+        biases = grads[n : n + len(ctx.needs_input_grad) - len(result)]
         counts = [len(gain) for gain in saved[n : 2 * n]]
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
-        if joined and not torch.is_grad_enabled() and kernels.readable(grads[: n + biases]):
-            weights, gains, rest = saved[:n], saved[n : 2 * n], (saved[-2], saved[-1])
-            parts: Any = grads[:n], grads[n : n + biases], ctx.bias_dtype
-            dws, dgs, dbs = kernels.pull_back(*recipe, weights, gains, *rest, *parts)
+        if joined and not torch.is_grad_enabled() and kernels.readable((*grads[:n], *biases)):
+            given: Any = grads[:n], biases, ctx.bias_dtype
+            known = saved[:n], saved[n : 2 * n], saved[-2], saved[-1]
+            dws, dgs, dbs = kernels.pull_back(recipe.numbers, recipe.centered, *known, *given)
             return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
         if here:
@@ -333,27 +333,32 @@ class _Scale(torch.autograd.Function):
                 directions, means = _center(rows) if recipe.centered else (rows, [])
                 lengths = _lengths(directions, means)
             elif len(here) < n:
-                parts = lengths.split(counts)
-                lengths = _join([parts[i] for i in here])
+                each = lengths.split(counts)
+                lengths = _join([each[i] for i in here])
             given = [(grads[i], ctx.geometries[i]) for i in here]
             numbers = [recipe.numbers[i] for i in here]
             found = _pull_back(recipe.centered, numbers, rows, gains, lengths, means, given)
             for i, dw, dg in zip(here, *found, strict=True):
                 dw = dw.flatten(0, 1) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
-        moved = [i for i in range(2 + 2 * n, len(result)) if grads[i - 2 - n] is not None]
-        if moved:
-            parts = [grads[i - 2 - n] for i in moved]
-            lengths, joint = [len(p) for p in parts], _as(_join(parts), ctx.bias_dtype)
-            numbers = [recipe.numbers[i - 2 - 2 * n] for i in moved]
-            tilted = joint * _along(numbers, lengths, joint)[2]
-            for i, db in zip(moved, tilted.split(lengths), strict=True):
-                result[i] = db
-        return tuple(result)
+        return (*result, *_bias_grads(recipe, biases, ctx.bias_dtype))
 
 
 def _in_kernels(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
     return not any(transposed for transposed, _ in geometries) and kernels.usable(weights)
+
+
+def _bias_grads(recipe: Recipe, grads: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    """Of the biases as they were given, from those of the biases that came out."""
+    here = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+    result: list[Tensor | None] = [None] * len(grads)
+    if here:
+        counts = [len(grad) for _, grad in here]
+        joint = _as(_join([grad for _, grad in here]), dtype)
+        tilted = joint * _along([recipe.numbers[i] for i, _ in here], counts, joint)[2]
+        for (i, _), part in zip(here, tilted.split(counts), strict=True):
+            result[i] = part
+    return result
 
 
 def _pull_back(

@@ -396,7 +396,7 @@ class _Folder:
         held = self.values[source]
         one_sided = getattr(plain, "padding", None) == "same" and _padding(plain) is None
         exact = held.b == 0.0 or not one_sided or all(k == 1 for k in plain.kernel_size)
-        if not held.plain and exact and self.calls[path] == 1 and self.absorb(plain, held, path):
+        if not held.plain and exact and self.calls[path] == 1 and self.absorb(plain, held):
             reads = held.node
             if held.b != 0.0 and _padding(plain) is not None:
                 sides = [side for p in reversed(_padding(plain) or ()) for side in (p, p)]
@@ -408,7 +408,7 @@ class _Folder:
         y = self.module(path, plain, reads, *rest, **{k: v for k, v in named.items() if k != "input"})
         return self.activated(path, y, activation, mean, std, layer, plain)
 
-    def absorb(self, plain: Any, held: _Value, path: str) -> bool:
+    def absorb(self, plain: Any, held: _Value) -> bool:
         """Put ``a * u + b`` before a linear map into its weight and bias; False if that is not exact."""
         if getattr(plain, "transposed", False) and held.b != 0.0:
             return False  # how many taps reach a position depends on it

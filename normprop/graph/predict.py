@@ -35,6 +35,7 @@ Result = tuple[Signal, list[Any]]
 
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
 _POOLS = {"max_pool": "max", "avg_pool": "avg", "adaptive_avg_pool": "avg", "adaptive_max_pool": "max"}
+_GLOBAL = 49  # positions of a global pool where sizes are unknown: 7x7
 _AVERAGES = (pools.AvgPool, pools.AdaptiveAvgPool)
 _MAXIMA = (pools.MaxPool, pools.AdaptiveMaxPool)
 SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed, above it is Gaussian
@@ -173,7 +174,7 @@ class Walk:
         if isinstance(module, NormalizedAdd):
             self._check_correlation(node, inputs)
             parts = [self._signal(n) for n in inputs]
-            # A conversion measured the trunk's; lightening keeps the weights beside it, of its own making.
+            # A conversion measured the trunk's std; a lightened sum's stds, kept with its weights, undo their scale.
             if getattr(module, "kept", ()) == ("stds",) and parts[0].std > 0:
                 parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
             return self._sum(parts, module.factors)
@@ -469,7 +470,7 @@ class Walk:
             return None
         adaptive = spelled.startswith("adaptive") or spelled in ("mean", "sum", "amax")
         if adaptive:
-            count = math.prod(before) // max(1, math.prod(after)) if before and after else 49
+            count = math.prod(before) // max(1, math.prod(after)) if before and after else _GLOBAL
         else:
             size = getattr(module, "kernel_size", None) if module is not None else None
             if size is None:

@@ -34,7 +34,7 @@ _LAYERS = {
 }
 _PRESERVE = NormRule(centered=False, constants="none", gain=1.0)
 _TOLERANCE = 0.15  # how far from mean 0, std 1, and from its prediction, a weight layer's map may be
-_LIMIT = 1.0  # and above, where weights that are unlike fresh ones make what the rehearsal did not find
+_LIMIT = 1.0  # mean, or std - 1, above which a map is moved though the rehearsal did not ask for it
 _TINY = 0.1  # a branch that starts below this std (layer scale) is left to grow by itself
 # Nodes through which a map passes with its elements as they are.
 _PASSING = {
@@ -237,7 +237,7 @@ class Rewriter:
                 chain = _Chain(None, node, None, None)
                 self.follow(chain, gates)
                 chains[node] = chain
-        self.unify(chains, gates)
+        self.unify(chains)
         if self.preserve:  # a weight layer without BatchNorm stays as it is
             chains = {n: c for n, c in chains.items() if c.norm is not None}
         return chains
@@ -260,7 +260,7 @@ class Rewriter:
         except (ValueError, TypeError):
             return
 
-    def unify(self, chains: dict[fx.Node, _Chain], gates: set[fx.Node]) -> None:
+    def unify(self, chains: dict[fx.Node, _Chain]) -> None:
         """Shared modules: all calls alike, or each part by itself."""
         groups: dict[str, list[_Chain]] = defaultdict(list)
         for node, chain in chains.items():
@@ -425,7 +425,7 @@ class Rewriter:
                 self.graph.erase_node(old)
         return node
 
-    def chain_name(self, chain: _Chain, head: fx.Node) -> str:
+    def chain_name(self, chain: _Chain) -> str:
         parts = []
         if chain.weight is not None:
             source = tracing.weight_source(self.graph_module, chain.weight)
@@ -450,7 +450,7 @@ class Rewriter:
         path, layer = source
         kind = next(new for old, new in _LAYERS.items() if isinstance(layer, old))
         norm: Any = None if chain.norm is None else self.module(chain.norm)
-        name = self.chain_name(chain, head)
+        name = self.chain_name(chain)
         if head.op == "call_function":  # F.conv2d(x, self.weight, ...): its padding is the call's
             layer = copy.copy(layer)
             if isinstance(layer, nn.modules.conv._ConvNd):
@@ -532,7 +532,7 @@ class Rewriter:
         like = norm.running_mean if norm.running_mean is not None else norm.weight
         place = {} if like is None else {"device": like.device, "dtype": like.dtype}
         new = modules.NormalizedActivation(phi, norm.num_features, rule, **place)
-        name = self.chain_name(chain, head)
+        name = self.chain_name(chain)
         if self.preserve:
             gain, bias = _affine_of(norm)
             with torch.no_grad():

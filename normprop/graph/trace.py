@@ -94,7 +94,7 @@ class _Concrete:
         return float(self._fixed(self._value("value")))
 
     def _fixed(self, value: Any) -> Any:
-        """The value, which the graph then holds for all inputs; the number of channels it may."""
+        """The value. The graph keeps it for inputs of all sizes: noted, unless it is the number of channels."""
         if not (key(self.node) in ("getitem", "size") and self.node.args[-1] == 1):
             self.tracer.decisions.add(owner(self.node))  # type: ignore[attr-defined]
         return value
