@@ -31,6 +31,11 @@ def first_tensor(batch: Any) -> Tensor:
     raise TypeError(f"a batch must be a tensor, or a tuple or dict with one, got {type(batch).__name__}")
 
 
+def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Samples in parts that fit into memory as float64; none if there are none."""
+    return x.split(max(1, 2**22 // max(1, x[:1].numel()))) if len(x) else ()
+
+
 class GlobalDataNorm(nn.Module):
     """Normalises data by the mean and standard deviation of the training set, per element or channel.
 
@@ -101,12 +106,11 @@ class GlobalDataNorm(nn.Module):
                 )
             if x.is_complex():
                 raise TypeError(f"batch {index} is {x.dtype}, expected real numbers")
-            if x.shape[0] == 0:
-                continue
-            part = cls._of_batch(x, per)
-            if not (torch.isfinite(part.mean).all() and torch.isfinite(part.std).all()):
-                raise ValueError(f"batch {index} holds NaN or infinite values")
-            total = part if total is None else total.merge(part)
+            for some in _in_parts(x):
+                part = cls._of_batch(some, per)
+                if not (torch.isfinite(part.mean).all() and torch.isfinite(part.std).all()):
+                    raise ValueError(f"batch {index} holds NaN or infinite values")
+                total = part if total is None else total.merge(part)
         if total is None:
             raise ValueError("no data: expected at least one batch with at least one sample")
         return total
@@ -135,7 +139,10 @@ class GlobalDataNorm(nn.Module):
 
         Raises:
             ValueError: If the shapes differ.
+            TypeError: If ``other`` is no GlobalDataNorm.
         """
+        if not isinstance(other, GlobalDataNorm):
+            raise TypeError(f"other must be a GlobalDataNorm, as fit makes it, got {type(other).__name__}")
         if self.mean.shape != other.mean.shape:
             raise ValueError(
                 f"cannot merge statistics of shape {tuple(other.mean.shape)} into "
@@ -248,7 +255,7 @@ class WhiteningDataNorm(nn.Module):
         batches = [data] if isinstance(data, Tensor) else data
         for batch in batches:
             x = first_tensor(batch).detach()
-            for part in x.split(max(1, 2**22 // max(1, x[:1].numel()))) if len(x) else ():
+            for part in _in_parts(x):
                 part = norm(part.double())
                 part = part if part.ndim > 2 else part.unsqueeze(-1)
                 reach = reach or [min(kernel_size, size - 1 + size % 2) - 1 for size in part.shape[2:]]
@@ -341,7 +348,8 @@ class BatchDataNorm(nn.Module):
         dtype: Of the running estimate.
 
     Shape:
-        ``(N, *shape)`` to the same.
+        ``(N, *shape)`` to the same. 1e-8 is added to the variance, so that elements with a standard
+        deviation of 1e-3 and less come out smaller than 1.
 
     Raises:
         ValueError: In training with a batch of 1; :class:`GlobalDataNorm` has no such limit.
@@ -379,7 +387,8 @@ class BatchDataNorm(nn.Module):
                 "BatchDataNorm cannot train on a batch of 1: one sample has no spread; "
                 "use normprop.GlobalDataNorm.fit(data)"
             )
-        x = input if input.is_floating_point() else input.to(self.running_mean.dtype)
+        own = self.running_mean.dtype
+        x = input.to(own) if input.dtype == torch.float64 or not input.is_floating_point() else input
         y = F.batch_norm(
             x.flatten(1),
             self.running_mean,
@@ -388,7 +397,7 @@ class BatchDataNorm(nn.Module):
             momentum=self.momentum,
             eps=1e-8,
         )
-        return y.view_as(x)
+        return y.view_as(x).to(input.dtype if input.is_floating_point() else own)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, momentum={self.momentum}"

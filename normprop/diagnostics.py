@@ -233,11 +233,11 @@ def pre_activation(layer: Any, x: Tensor, output: Tensor) -> Tensor:
     activation = getattr(layer, "activation", None)
     if activation is None:
         return output
-    layer.activation = None
+    layer._modules["activation"] = None  # the constants stay
     try:
         return layer(x)
     finally:
-        layer.activation = activation
+        layer._modules["activation"] = activation
 
 
 def rows_of(layer: Any, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class NormRule:
             raise ValueError(f"centered must be True or False, got {self.centered!r}")
         if self.constants not in ("standard", "affine", "none"):
             raise ValueError(f"constants must be 'standard', 'affine' or 'none', got {self.constants!r}")
-        number = isinstance(self.gain, (int, float)) and not isinstance(self.gain, bool)
+        number = isinstance(self.gain, Real) and not isinstance(self.gain, bool)
         if not (self.gain == "jacobian" or (number and math.isfinite(self.gain))):  # type: ignore[arg-type]
             raise ValueError(f"gain must be 'jacobian' or a finite number, got {self.gain!r}")
 
@@ -226,6 +227,31 @@ class _Affine(torch.autograd.Function):
 _Affine.forward.__signature__ = _Positional()  # type: ignore
 
 
+class _Standardize(torch.autograd.Function):
+    """``(y - mean) / std`` with tensors; keeps its output, which what comes next keeps anyway."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        return (y - mean) / std
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, mean, std = inputs
+        ctx.shape = mean.shape
+        ctx.save_for_backward(output, std)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output, std = ctx.saved_tensors
+        grad_y = grad / std
+        return grad_y, -grad_y.sum_to_size(ctx.shape), -(grad_y * output).sum_to_size(std.shape)
+
+
+_Standardize.forward.__signature__ = _Positional()  # type: ignore
+
+
 def affine(x: Tensor, scale: float, shift: float) -> Tensor:
     """``shift + scale * x``, in one pass, and one in backward.
 
@@ -274,11 +300,21 @@ def normalize_activation(
     if own is not None:
         gain, bias = own
         u = torch.addcmul(along(bias, u, dim), u, along(gain, u, dim))
-    y = activation(u)
+    y = activated(u, activation, dim)
     if numbers:
         return y if numbers == (0.0, 1.0) else (y - mean) / std
-    shift, divisor = (along(c, y, dim) if isinstance(c, Tensor) else c for c in (mean, std))
-    return (y - shift) / divisor
+    shift, divisor = (along(torch.as_tensor(c, device=y.device), y, dim) for c in (mean, std))
+    return call(_Standardize, y, shift, divisor)
+
+
+def activated(u: Tensor, activation: nn.Module, dim: int) -> Tensor:
+    """``activation(u)``, whose channels lie along dim ``dim`` < 0; a PReLU's slopes lie along dim 1."""
+    if isinstance(activation, nn.PReLU) and activation.num_parameters > 1 and u.ndim + dim != 1:
+        raise ValueError(
+            f"a PReLU's {activation.num_parameters} slopes lie along dim 1, the channels of this output of shape "
+            f"{tuple(u.shape)} along dim {u.ndim + dim}: use nn.PReLU() with one slope, or flatten the dims before"
+        )
+    return activation(u)  # type: ignore[no-any-return]
 
 
 _plain = False
@@ -360,7 +396,7 @@ def definition(linear: Callable[[Tensor, Tensor | None], Tensor], layer: Paramet
         c.view(along_channels) if isinstance(c, Tensor) else c
         for c in constants(activation, rule, gain, bias, standard)
     )
-    return (activation(z) - mean) / std
+    return (activated(z, activation, dim) - mean) / std
 
 
 def autocast_dtype(weight: Tensor) -> torch.dtype | None:

@@ -191,7 +191,7 @@ def quadrature_mean_var(
 def quadrature_slope(phi: Phi, mean: Tensor, std: Tensor, kinks: Sequence[float] = ()) -> Tensor:
     """E[phi'(u)^2], shape of ``mean``; phi' by automatic differentiation."""
     keep_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         u, weights = nodes(mean, std, kinks)
         if not u.requires_grad:
             keep_graph = keep_graph and phi(u.clone()).requires_grad  # phi's own parameters

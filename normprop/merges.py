@@ -11,7 +11,7 @@ only what depends on them (adaptive pools, concat, upsampling to a size) looks a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,12 @@ Declared = tuple[Signal, tuple[float, ...]]
 
 def _unit(weights: Sequence[float]) -> tuple[float, ...]:
     """The weights, divided by their length."""
+    if not isinstance(weights, Iterable):
+        raise TypeError(f"weights must be numbers, one a branch, got {weights!r}")
+    weights = tuple(float(weight) for weight in weights)
     length = math.hypot(*weights)
     if not weights or not math.isfinite(length) or length == 0:
-        raise ValueError(f"weights must be finite and not all zero, got {tuple(weights)}")
+        raise ValueError(f"weights must be finite and not all zero, got {weights}")
     return tuple(weight / length for weight in weights)
 
 

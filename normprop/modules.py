@@ -17,7 +17,20 @@ from normprop import activations, functional
 from normprop.functional import PAPER, NormRule
 
 
-class _NormProp(nn.Module):
+class _Activated(nn.Module):
+    """A module with an activation, whose constants go with it."""
+
+    activation: Any  # None, or what activations.as_module returns
+    standard: tuple[float, float] | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":  # whoever swaps ReLUs in a finished model gets the new one's constants
+            value = None if value is None else activations.as_module(value)
+            self.standard = functional.standard_constants(value)
+        super().__setattr__(name, value)
+
+
+class _NormProp(_Activated):
     """What all weight layers share. Mixed in before the torch parent, which stores the weight."""
 
     weight: Tensor
@@ -35,8 +48,7 @@ class _NormProp(nn.Module):
         if not isinstance(rule, NormRule):
             raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
         self.rule = rule
-        self.activation = None if activation is None else activations.as_module(activation)
-        self.standard = functional.standard_constants(self.activation)
+        self.activation = activation
         self.initial_gain = initial_gain(rule, self.activation)
         if self.activation is not None:
             self.activation.to(self.weight.device, self.weight.dtype)
@@ -65,8 +77,7 @@ class _NormProp(nn.Module):
         new = cls(**parent_arguments(layer), bias=bias, device="meta", rule=rule, activation=None)
         new.weight = layer.weight
         new.activation = activation
-        new.initial_gain = initial_gain(rule, activation)
-        new.standard = functional.standard_constants(activation)
+        new.initial_gain = initial_gain(rule, new.activation)
         gain = new.weight.new_full((len(new.gain),), new.initial_gain)
         new.gain = nn.Parameter(gain, requires_grad=layer.weight.requires_grad)
         if bias:
@@ -198,7 +209,7 @@ _shares = _Shares()
 
 
 def _versions(layer: functional.Parameters) -> tuple[int, ...]:
-    return tuple(t._version for t in layer[:3] if t is not None)
+    return tuple(0 if t.is_inference() else t._version for t in layer[:3] if t is not None)
 
 
 def _saving_hooks() -> Any:
@@ -628,7 +639,7 @@ class NormPropConvTranspose3d(_NormPropConvTranspose, nn.ConvTranspose3d):
     _parent = nn.ConvTranspose3d
 
 
-class NormalizedActivation(nn.Module):
+class NormalizedActivation(_Activated):
     r"""``(phi(gain * x + bias) - mean) / std`` where no weight layer comes right before: after an add, a concat.
 
     Args:
@@ -662,16 +673,15 @@ class NormalizedActivation(nn.Module):
         dtype: Any = None,
     ) -> None:
         super().__init__()
-        if num_features is not None and num_features < 1:
-            raise ValueError(f"num_features must be at least 1, got {num_features}")
+        if not (num_features is None or (isinstance(num_features, int) and num_features >= 1)):
+            raise ValueError(f"num_features must be a number of at least 1, or None, got {num_features!r}")
         if not isinstance(rule, NormRule):
             raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
         self.rule = rule
         self.num_features = num_features
-        self.activation = activations.as_module(phi)
+        self.activation = phi
         self.initial_gain = initial_gain(rule, self.activation)
         self.activation.to(device, dtype)
-        self.standard = functional.standard_constants(self.activation)
         for name in ("gain", "bias"):
             value = None
             if num_features is not None:
@@ -689,6 +699,8 @@ class NormalizedActivation(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
         own = None if self.gain is None or self.bias is None else (self.gain, self.bias)
+        if own is not None and (input.ndim < 2 or input.shape[1] != self.num_features):
+            raise ValueError(f"expected shape (N, {self.num_features}, *), got {tuple(input.shape)}")
         return functional.normalize_activation(input, self.activation, mean, std, 1 - input.ndim, own)
 
     @torch.no_grad()

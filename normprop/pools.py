@@ -485,7 +485,7 @@ def _phi_values(activation: Any) -> tuple[float, ...]:
     """The activation on the grid: what its maxima depend on, and hashable."""
     module = activations.as_module("identity" if activation is None else activation)
     with torch.no_grad():
-        return tuple(activations.of_one_variable(module)(gaussian_nodes(_GRID)[0].to("cpu")).tolist())
+        return tuple(activations.of_one_variable(module)(gaussian_nodes(_GRID)[0]).tolist())
 
 
 @lru_cache(maxsize=256)

@@ -27,10 +27,14 @@ def project_(model: nn.Module) -> None:
 
     Args:
         model: Any module; layers of other kinds are left alone.
+
+    Raises:
+        ValueError: If a layer's weight is no parameter of its own (pruned, parametrized).
     """
     together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
     for module in model.modules():
         if isinstance(module, _NormProp) and module.weight.requires_grad:
+            _check_owned(module)
             weight, geometry = module.weight, (module.transposed, module.groups)
             key = (module.rule.centered, weight.device, weight.dtype)
             together.setdefault(key, {})[id(weight)] = weight, geometry  # a shared weight once
@@ -69,7 +73,8 @@ def attach_projection(
         optimizer: Any torch optimizer.
         model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
-            of about 100, 0.02 if orthogonal (experiments/LOG.md). None for no limit. It costs a copy of the weights.
+            of about 100, 0.02 if orthogonal (experiments/LOG.md). None for no limit. It costs a copy of the
+            weights (of the whole ones, if FSDP shards them).
         orthogonal: Make the weights' steps orthogonal; needs a trust radius, float32 weights, and an optimizer
             with momentum (``torch.optim.SGD(..., momentum=0.9, nesterov=True)``).
 
@@ -94,6 +99,8 @@ def attach_projection(
         >>> bool((layer.weight - before).norm(dim=1).max() < 0.0101)
         True
     """
+    if isinstance(optimizer, nn.Module):
+        raise TypeError("the optimizer comes first: attach_projection(optimizer, model)")
     if not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise TypeError(
             f"{type(optimizer).__name__} takes no step hooks: attach the projection to the optimizer that it "
@@ -102,11 +109,7 @@ def attach_projection(
     check_model(model)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _NormProp)}
     for name, layer in layers.items():
-        if "weight" not in layer._parameters:
-            raise ValueError(
-                f"the weight of '{name or 'model'}' is parametrized or pruned, so that it cannot be put back on "
-                "the sphere; remove that first (remove_parametrizations, prune.remove)"
-            )
+        _check_owned(layer, name)
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no NormProp layer to project; build it with "
@@ -203,7 +206,7 @@ class _TrustRegion:
         self.units = self._units()
         self.joined = [] if self.orthogonal else self._join()
         if not self.joined:
-            now = [p.detach() for _, own in self.units for p in own.values()]
+            now = [_whole(p) for _, own in self.units for p in own.values()]
             if [_layout(t) for t in self.kept] != [_layout(p) for p in now]:
                 self.kept = [torch.empty_like(p) for p in now]  # kept for all steps: fresh memory is slow
             torch._foreach_copy_(self.kept, now)
@@ -219,14 +222,15 @@ class _TrustRegion:
                 kind.restrain_(radius)
             self.units, self.joined = [], []
             return
-        units, before, self.units, self.before = self.units, self.before, [], []
+        sharded, before, self.units, self.before = self.units, self.before, [], []
+        units = [(layer, {name: _whole(p) for name, p in own.items()}) for layer, own in sharded]
         if self.orthogonal:
             for (layer, own), old in zip(units, before, strict=True):
                 if "weight" in own:
-                    p, start = own["weight"].detach(), old["weight"]
+                    p, start = own["weight"], old["weight"]
                     step = orthogonal(_tangent(layer, start, p - start), layer.transposed, layer.groups)
                     torch.add(start, step, alpha=radius, out=p)
-        none = [torch.zeros_like(_wide(layer.gain.detach())) for layer, _ in units]
+        none = [torch.zeros_like(_wide(_whole(layer.gain))) for layer, _ in units]
 
         def joined(name: str, measure: Callable[..., Tensor]) -> Tensor:
             """One number a unit, of all layers, from what was and what is; 0 where there is no such parameter."""
@@ -245,7 +249,7 @@ class _TrustRegion:
         change, shift = (joined(name, lambda _, old, new: _wide(new - old)) for name in ("gain", "bias"))
         gain = torch.cat(
             [
-                _wide(old.get("gain", layer.gain.detach()))
+                _wide(old["gain"] if "gain" in old else _whole(layer.gain))
                 for (layer, _), old in zip(units, before, strict=True)
             ]
         ).abs()
@@ -272,12 +276,36 @@ class _TrustRegion:
                     start, end = (row_view(t, layer.transposed, layer.groups) for t in (start, p))
                     share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
                 torch.lerp(start, end, share, out=end)
+        for (_, own), (_, whole) in zip(sharded, units, strict=True):
+            for name, p in own.items():
+                _put_back(p, whole[name])
         project_(self.model)
+
+
+def _check_owned(layer: nn.Module, name: str = "") -> None:
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"the weight of '{name or type(layer).__name__}' is parametrized or pruned, so that it cannot be put "
+            "back on the sphere; remove that first (remove_parametrizations, prune.remove)"
+        )
 
 
 def _check_positive(name: str, value: Any) -> None:
     if not (isinstance(value, Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{name} must be a number above 0, got {value!r}")
+
+
+def _whole(x: Any) -> Tensor:
+    """A tensor's values; where FSDP keeps a part of them here, those of all parts."""
+    return x.full_tensor().detach() if hasattr(x, "full_tensor") else x.detach()
+
+
+def _put_back(x: Any, whole: Tensor) -> None:
+    """The values into the part that is here; a tensor of its own has them."""
+    if hasattr(x, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        x.copy_(distribute_tensor(whole, x.device_mesh, x.placements, src_data_rank=None))
 
 
 def _layout(x: Tensor) -> tuple[Any, ...]:
@@ -425,7 +453,7 @@ def clip_grad_unitwise_(
         floor: The least length that counts.
 
     Raises:
-        ValueError: If clipping is no number above 0.
+        ValueError: If clipping is no number above 0, or a gradient is sparse.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -438,13 +466,19 @@ def clip_grad_unitwise_(
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue
+        if parameter.grad.is_sparse:
+            raise ValueError(
+                f"a gradient of shape {tuple(parameter.grad.shape)} is sparse, which cannot be clipped unit by unit: "
+                "leave that parameter out, or build its nn.Embedding with sparse=False"
+            )
         dims = tuple(range(1, parameter.ndim)) if parameter.ndim > 1 else None
+        weight, grad = _whole(parameter), _whole(parameter.grad)
         weight_norm, grad_norm = (
             torch.linalg.vector_norm(
                 t, dim=dims, keepdim=True, dtype=torch.promote_types(t.dtype, torch.float32)
             )
-            for t in (parameter.detach(), parameter.grad)
+            for t in (weight, grad)
         )
         limit = clipping * weight_norm.clamp_min(floor)
         factor = limit / torch.maximum(grad_norm, limit)
-        parameter.grad.copy_(parameter.grad * factor)
+        _put_back(parameter.grad, grad.copy_(grad * factor))

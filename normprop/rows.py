@@ -33,7 +33,7 @@ def row_view(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tenso
     ``nn.ConvTranspose`` stores (in, out/groups, kernel): seen as (groups, in/groups, out/groups,
     kernel), what feeds one output unit are dims 1, 3, 4, ...; else they are dims 1, 2, ...
     """
-    return weight.unflatten(0, (groups, -1)) if transposed else weight
+    return weight.view(groups, len(weight) // groups, *weight.shape[1:]) if transposed else weight
 
 
 def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
@@ -339,7 +339,7 @@ class _Scale(torch.autograd.Function):
             numbers = [recipe.numbers[i] for i in here]
             found = _pull_back(recipe.centered, numbers, rows, gains, lengths, means, given)
             for i, dw, dg in zip(here, *found, strict=True):
-                dw = dw.flatten(0, 1) if ctx.geometries[i][0] else dw
+                dw = dw.reshape(saved[i].shape) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
         return (*result, *_bias_grads(recipe, biases, ctx.bias_dtype))
 

@@ -171,7 +171,7 @@ class Signal:
 
 def with_slope(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """An element-wise function's values, and its derivative there."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         x = x.detach().clone().requires_grad_()
         y = function(x * 1.0)  # not a leaf: in-place functions may have it
         slope = torch.zeros_like(x)
@@ -186,6 +186,6 @@ def gaussian_nodes(count: int) -> tuple[Tensor, Tensor]:
     Its error falls faster than any power of the distance for smooth functions, and with its square
     at kinks.
     """
-    z = torch.linspace(-_REACH, _REACH, count, dtype=torch.float64)
+    z = torch.linspace(-_REACH, _REACH, count, dtype=torch.float64, device="cpu")
     w = torch.exp(-z.square() / 2)
     return z, w / w.sum()

@@ -362,3 +362,31 @@ def test_whitening_refuses():
         WhiteningDataNorm.fit(torch.full((4, 3, 8, 8), torch.nan))
     with pytest.raises(ValueError, match=r"expected \(N, 3, 1, 1\)"):
         WhiteningDataNorm.fit(data)(torch.zeros(2, 1, 4, 4))
+
+
+@pytest.mark.parametrize("per", AXES)
+def test_a_large_tensor_is_read_in_parts(per, monkeypatch):
+    whole = GlobalDataNorm.fit(IMAGES, per)
+    monkeypatch.setattr(data_norm, "_in_parts", lambda x: x.split(7))
+    parts = GlobalDataNorm.fit(IMAGES, per)
+    torch.testing.assert_close(parts.state_dict(), whole.state_dict())
+    assert len(data_norm._in_parts(IMAGES)) == 8
+
+
+def test_parts_are_bounded_in_numbers():
+    x = torch.zeros(5, 1).expand(5, 2**21)
+    assert [len(part) for part in data_norm._in_parts(x)] == [2, 2, 1]
+    assert [len(part) for part in data_norm._in_parts(torch.zeros(1, 1).expand(1, 2**23))] == [1]
+    assert data_norm._in_parts(torch.zeros(0, 3)) == ()
+
+
+def test_batch_norm_of_data_in_double_precision():
+    x = torch.randn(9, 2, dtype=torch.float64)
+    y = BatchDataNorm((2,))(x)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, (x - x.mean(0)) / x.std(0, correction=0), rtol=1e-5, atol=1e-5)
+
+
+def test_only_data_norms_merge():
+    with pytest.raises(TypeError, match="other must be a GlobalDataNorm, as fit makes it, got Tensor"):
+        GlobalDataNorm.fit(IMAGES).merge(IMAGES)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+import re
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -899,3 +900,77 @@ def test_a_batch_of_gradients_at_once(part, monkeypatch):
         y, layer.weight, torch.eye(4, dtype=torch.float64), is_grads_batched=True
     )
     torch.testing.assert_close(batch, torch.stack(one_by_one))
+
+
+@pytest.mark.parametrize(
+    "rule", [NormRule(gain=1.0), NormRule(True, "affine", 1.0)], ids=["paper", "affine"]
+)
+def test_constants_go_with_an_activation_that_is_put_in(rule):
+    layer = normprop.NormPropLinear(6, 4, rule=rule)
+    alone = normprop.NormalizedActivation("relu", 4, rule)
+    x = torch.randn(5, 6)
+    for activation in (nn.GELU(), nn.LeakyReLU(0.5), lambda z: z * torch.sigmoid(z), nn.ReLU()):
+        layer.activation = alone.activation = activation
+        fresh = normprop.NormPropLinear(6, 4, activation=activation, rule=rule)
+        fresh.load_state_dict(layer.state_dict())
+        assert layer.standard == alone.standard == fresh.standard
+        torch.testing.assert_close(layer(x), fresh(x), rtol=0, atol=0)
+        torch.testing.assert_close(
+            alone(x[:, :4]), normprop.NormalizedActivation(activation, 4, rule)(x[:, :4]), rtol=0, atol=0
+        )
+    layer.activation = None
+    assert layer.standard == (0.0, 1.0)
+    with pytest.raises(ValueError, match="is constant under N"):
+        layer.activation = nn.Threshold(100.0, 3.0)
+    assert layer.activation is None
+
+
+def test_an_activation_that_is_watched_is_called():
+    layer, seen = normprop.NormPropConv2d(3, 4, 3), []
+    x = torch.randn(2, 3, 8, 8)
+    expected = layer(x)
+    handle = layer.activation.register_forward_hook(lambda module, args, y: seen.append(y))
+    torch.testing.assert_close(layer(x), expected)
+    assert len(seen) == 1
+    handle.remove()
+    layer(x)
+    assert len(seen) == 1
+
+
+def test_slopes_that_lie_elsewhere_than_the_channels_are_refused():
+    layer = normprop.NormPropLinear(8, 5, activation=nn.PReLU(5))
+    assert layer(torch.randn(3, 8)).shape == (3, 5)
+    with pytest.raises(
+        ValueError, match=r"PReLU's 5 slopes lie along dim 1, .* of shape \(3, 5, 5\) along dim 2"
+    ):
+        layer(torch.randn(3, 5, 8))
+
+
+@pytest.mark.parametrize("size", [(2, 1, 3), (2, 5), (4,)])
+def test_other_channels_than_num_features_are_refused(size):
+    with pytest.raises(ValueError, match=rf"expected shape \(N, 4, \*\), got {re.escape(str(size))}"):
+        normprop.NormalizedActivation("relu", 4)(torch.randn(size))
+
+
+@pytest.mark.parametrize(
+    ("activation", "rule"), [("prelu", normprop.PAPER), ("gelu", NormRule(constants="affine"))]
+)
+def test_no_map_more_is_kept_than_without_normalisation(activation, rule):
+    def kept(model):
+        maps = {}
+
+        def pack(t):
+            if t.shape[:1] == (8,):
+                maps[t.untyped_storage().data_ptr()] = t.numel()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y = model(x)
+        maps[y.untyped_storage().data_ptr()] = 0  # whoever reads it keeps it
+        return sum(maps.values())
+
+    x = torch.randn(8, 4, 16, 16)
+    layer = normprop.NormPropConv2d(4, 4, 3, padding=1, activation=activation, rule=rule)
+    assert kept(layer) == kept(
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), activations.as_module(activation))
+    )

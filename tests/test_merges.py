@@ -738,3 +738,12 @@ def test_an_empty_batch_passes_an_adaptive_average(size):
 def test_an_empty_part_of_a_weighted_concatenation_is_refused():
     with pytest.raises(ValueError, match=r"is empty, sizes \(3, 0\): leave it out"):
         NormalizedCat(weights=(1.0, 1.0))(torch.ones(2, 3), torch.ones(2, 0))
+
+
+@pytest.mark.parametrize("pool", [*MAX, *AVG, *ADAPTIVE_MAX])
+def test_pools_are_built_on_the_meta_device(pool):
+    with torch.device("meta"):
+        there = pool(2)
+    assert repr(there) == repr(pool(2))
+    x = torch.randn(2, 3, *[5] * there._spatial)
+    torch.testing.assert_close(there(x), pool(2)(x), rtol=0, atol=0)

@@ -328,3 +328,16 @@ def test_what_is_no_activation_is_refused(phi, kind, message):
 def test_bad_numbers_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         normprop.moments("relu", **arguments)
+
+
+@pytest.mark.parametrize("name", ["gelu", "silu", "relu"])
+def test_inference_mode_changes_no_moment(name):
+    with torch.inference_mode():
+        inside = (
+            activations.moments(name),
+            activations.moments(name, torch.tensor([0.3]), torch.tensor([2.0])),
+        )
+        layer = normprop.NormPropLinear(3, 4, activation=name)
+    outside = activations.moments(name), activations.moments(name, torch.tensor([0.3]), torch.tensor([2.0]))
+    assert inside == outside
+    assert layer.initial_gain == normprop.NormPropLinear(3, 4, activation=name).initial_gain

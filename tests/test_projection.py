@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 import normprop
@@ -591,6 +593,8 @@ def test_what_cannot_be_projected_is_refused():
     message = r"the weight of '1' is parametrized or pruned, .* remove that first"
     with pytest.raises(ValueError, match=message):
         normprop.attach_projection(optimizer, pruned)
+    with pytest.raises(ValueError, match="the weight of 'NormPropLinear' is parametrized or pruned"):
+        normprop.project_(pruned)
     torch.optim.SGD(normprop.param_groups(pruned, 1e-3), lr=0.1)
 
     class Wrapper(torch.optim.Optimizer):
@@ -598,6 +602,10 @@ def test_what_cannot_be_projected_is_refused():
             self.original_optimizer = inner
 
     net = normprop.NormPropLinear(4, 3)
+    with pytest.raises(
+        TypeError, match=r"the optimizer comes first: attach_projection\(optimizer, model\)"
+    ):
+        normprop.attach_projection(net, optimizer)
     with pytest.raises(
         TypeError, match="Wrapper takes no step hooks: attach the projection to the optimizer"
     ):
@@ -655,3 +663,44 @@ def test_an_optimizer_of_another_model_is_refused():
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="holds no parameter of this Sequential: build it on this model"):
         normprop.attach_projection(optimizer, model)
+
+
+def test_sparse_gradients_are_refused():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match=r"shape \(5, 3\) is sparse, .* sparse=False"):
+        normprop.clip_grad_unitwise_(embedding.parameters(), 0.1)
+
+
+@pytest.fixture
+def mesh():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    "options", [{}, {"trust_radius": 0.01}, {"trust_radius": 0.02, "orthogonal": True}]
+)
+def test_sharded_parameters_train_as_whole_ones(mesh, options):
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 5, (4,))
+    whole = nn.Sequential(
+        normprop.NormPropConv2d(3, 6, 3),
+        normprop.NormPropConvTranspose2d(6, 4, 3, groups=2, rule=normprop.RECOMMENDED),
+        nn.Flatten(),
+        normprop.NormPropLinear(256, 5, activation="prelu", rule=normprop.RECOMMENDED),
+    )
+    sharded = copy.deepcopy(whole)
+    fully_shard(sharded, mesh=mesh)
+    for model in (whole, sharded):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, nesterov=True)
+        normprop.attach_projection(optimizer, model, **options)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            normprop.clip_grad_unitwise_(model.parameters(), 0.1)
+            optimizer.step()
+    for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q.data)

@@ -1,6 +1,7 @@
 """The promises hold for our layers, and the checks fail for BatchNorm, naming it."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -102,6 +103,46 @@ def test_what_is_random_by_purpose_is_switched_off_and_said_so(random, name):
     assert random.training
 
 
+def test_dropout_inside_modules_is_switched_off_too():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.LSTM(4, 5, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x)[0]
+
+    class Attention(Last):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+        def forward(self, x):
+            return self.inner(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(3, 6, 4)
+    both = (assert_batch_independent, assert_train_equals_eval)
+    for model, name, checks in (
+        (Last(), "inner (LSTM)", both),
+        (Attention(), "inner (MultiheadAttention)", both[:1]),  # torch evaluates it with another kernel
+    ):
+        for check in checks:
+            with pytest.warns(UserWarning, match=re.escape(f"switched off for this check: {name}")):
+                check(model, x)
+        assert model.inner.dropout == 0.5
+
+
+def test_outputs_of_whole_numbers_are_compared():
+    class Classes(nn.Module):
+        def forward(self, x):
+            return x.argmax(1, keepdim=True) if self.training else x.argmin(1, keepdim=True)
+
+    x = torch.eye(3)
+    assert_batch_independent(Classes(), x)
+    with pytest.raises(AssertionError, match=r"train\(\) and eval\(\) differ"):
+        assert_train_equals_eval(Classes(), x)
+
+
 def test_randomness_that_nobody_announced_fails():
     class Noise(nn.Module):
         def forward(self, x):
@@ -201,10 +242,12 @@ def test_batch_independence_needs_two_samples():
 def test_a_nan_is_no_promise_kept():
     class Broken(nn.Module):
         def forward(self, x):
-            return x / (x - x)
+            return (x - x) / (x - x)
 
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="the model returns NaN"):
         assert_batch_independent(Broken(), torch.randn(3, 2))
+    with pytest.raises(AssertionError, match="the model returns NaN"):
+        assert_train_equals_eval(Broken(), torch.randn(3, 2))
 
 
 # --- merges -----------------------------------------------------------------------------------
@@ -246,6 +289,14 @@ def test_an_add_is_the_weighted_sum():
 def test_bad_adds_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_what_is_no_list_of_weights_is_refused():
+    with pytest.raises(TypeError, match="weights must be numbers, one a branch, got 3"):
+        NormalizedAdd(3)
+    torch.testing.assert_close(
+        NormalizedAdd(torch.tensor([3.0, 4.0])).initial, NormalizedAdd((3.0, 4.0)).initial
+    )
 
 
 def test_the_checks_refuse_what_they_cannot_judge():

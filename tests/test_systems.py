@@ -242,3 +242,15 @@ def test_a_model_of_layers_goes_through_torch_save():
     buffer.seek(0)
     x = some_input("conv2d")
     assert torch.equal(torch.load(buffer, weights_only=False)(x), model(x))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "activation"])
+def test_batched_gradients(kind):
+    layer, x = build(kind, "relu", "affine"), some_input(kind)
+    y = layer(x).flatten(1).sum(1)
+    together = torch.autograd.grad(
+        y, layer.weight, torch.eye(len(y)).to(y), is_grads_batched=True, retain_graph=True
+    )
+    for index, own in enumerate(together[0]):
+        expected = torch.autograd.grad(y[index], layer.weight, retain_graph=True)[0]
+        torch.testing.assert_close(own, expected)

@@ -346,3 +346,12 @@ def test_autocast_that_changes_inside():
         net.middle = without
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(together(x), alone(x))
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(normprop.NormPropLinear(4, 4), normprop.NormPropLinear(4, 3))
+        x = torch.randn(2, 4)
+        alone = model(x)
+        normprop.scale_together(model)
+        torch.testing.assert_close(model(x), alone)

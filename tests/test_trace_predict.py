@@ -531,6 +531,15 @@ def test_modules_that_look_alike_are_told_apart():
     assert [predict(nn.Sequential(Act(k)), x)[-1].op for k in ("relu", "softmax")] == ["Act", "softmax"]
 
 
+def test_inference_mode_changes_no_prediction():
+    model = nn.Sequential(
+        NormPropConv2d(3, 8, 3, activation="gelu"), NormPropConv2d(8, 8, 3, activation="silu")
+    )
+    with torch.inference_mode():
+        inside = predict(model, randn(2, 3, 9, 9))
+    assert inside.table() == predict(model, randn(2, 3, 9, 9)).table()
+
+
 def notes(model, x):
     return {r.name: r.note for r in predict(model, x) if r.note}
 
@@ -540,6 +549,9 @@ def test_weak_assumptions_are_noted():
     assert "neighbours taken as independent" in notes(nn.Sequential(nn.MaxPool2d(2)), x)["_0"]
     assert "fan_in 8:" in notes(nn.Sequential(nn.Conv2d(8, 64, 1)), x)["_0"]
     assert notes(nn.Sequential(nn.Conv2d(8, 64, 3), nn.Conv2d(64, 64, 1)), x) == {}
+    for kernel, stride, said in ((3, 2, True), (2, 3, True), (4, 2, False), ((4, 3), (2, 2), True)):
+        up = nn.Sequential(nn.ConvTranspose2d(8, 64, kernel, stride))
+        assert ("stride does not divide its kernel" in notes(up, x).get("_0", "")) == said
     wide = nn.Conv2d(8, 8, 3, padding=1)
     for code in (
         lambda y: y + y.roll(1),

@@ -122,6 +122,7 @@ def _columns(rows: list[tuple[str, str, str]]) -> str:
     return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows)
 
 
+@torch.inference_mode(False)
 def convert(
     model: nn.Module,
     rule: NormRule = RECOMMENDED,

@@ -41,6 +41,7 @@ _MAXIMA = (pools.MaxPool, pools.AdaptiveMaxPool)
 SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed, above it is Gaussian
 
 
+@torch.inference_mode(False)
 def predict(model: nn.Module, example: Any) -> SignalTrace:
     """The signal through ``model`` by formula: no data, no training step.
 
@@ -402,6 +403,11 @@ class Walk:
             result = result.standardized()
         if transposed:
             self.evens[node] = 0.0  # not followed
+            if any(k % s for k, s in zip(layer.kernel_size, layer.stride, strict=True)):
+                note = (
+                    "its stride does not divide its kernel: the variance differs from position to position"
+                )
+                self.notes[node] = "; ".join(filter(None, [self.notes.get(node), note]))
         elif taps is not None:
             fewer = inside * taps.inside.numel() / math.prod(taps.before)
             summed = rows.flatten(2).sum(2).square().sum(1) * slope.square()
