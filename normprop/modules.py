@@ -679,7 +679,7 @@ class NormalizedActivation(_Activated):
             raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
         self.rule = rule
         self.num_features = num_features
-        self.activation = phi
+        self.activation = activations.as_module(phi)
         self.initial_gain = initial_gain(rule, self.activation)
         self.activation.to(device, dtype)
         for name in ("gain", "bias"):

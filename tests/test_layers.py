@@ -671,7 +671,7 @@ CONSTRUCTORS = [
     (
         lambda: normprop.NormalizedActivation("relu", 0),
         ValueError,
-        "num_features must be at least 1, got 0",
+        "num_features must be a number of at least 1, or None, got 0",
     ),
     (lambda: normprop.NormalizedActivation(None), TypeError, "activation must be a name"),
     (lambda: normprop.NormPropLinear(0, 2), ValueError, "at least 1 input to each output unit"),
