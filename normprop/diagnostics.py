@@ -168,7 +168,7 @@ class _Run(fx.Interpreter):
             path=path_of(node),
             op=operation_name(self.graph_module, node),
             shape=tuple(value.shape),
-            **moments(value.detach()),
+            **sample_moments(value.detach()),
         )
         self.records.append(record)
 
@@ -180,9 +180,7 @@ class _Run(fx.Interpreter):
         layer = None if source is None else source[1]
         phi = getattr(module, "activation", None) or tracing.activation_of(node, module)
         if not isinstance(phi, (nn.Identity, type(None))):
-            record.details["dead"] = dead = dead_share(
-                value.detach(), self._channel_dim(node, layer, value)
-            )
+            record.details["dead"] = dead = dead_share(value.detach(), self.channel_dim(node, layer, value))
             if dead:
                 record.note = f"{100 * dead:.3g} % of the units are constant"
         if layer is not None:
@@ -191,7 +189,7 @@ class _Run(fx.Interpreter):
                 z = value.detach() if module is None else pre_activation(module, x, value.detach())
                 record.details |= weight_details(layer, x, z, self.generator)
 
-    def _channel_dim(self, node: fx.Node, layer: Any, value: Tensor) -> int:
+    def channel_dim(self, node: fx.Node, layer: Any, value: Tensor) -> int:
         """Of the weight layer that the activation is part of or follows; else torch's habit."""
         if layer is None:
             source = tracing.weight_source(self.graph_module, tracing.tensor_inputs(node)[0])
@@ -201,7 +199,7 @@ class _Run(fx.Interpreter):
         return 1 if value.ndim > 2 else -1
 
 
-def moments(values: Tensor) -> dict[str, Any]:
+def sample_moments(values: Tensor) -> dict[str, Any]:
     """Mean and std (of the population), and as ``details`` skew and excess kurtosis, over all elements."""
     x = values.double()
     var, mean = torch.var_mean(x, correction=0)

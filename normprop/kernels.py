@@ -100,7 +100,7 @@ def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) 
             torch.stack([address + row * size * itemsize, start + row * size, torch.full_like(row, size)])
         )
         start += rows * size
-    return _there(torch.cat(parts, 1), device)
+    return _to_device(torch.cat(parts, 1), device)
 
 
 @lru_cache(maxsize=64)
@@ -108,7 +108,7 @@ def _numbers(
     device: torch.device, numbers: tuple[tuple[float, float, float], ...], counts: tuple[int, ...]
 ) -> Tensor:
     """Of each row its layer's factor, low and tilt: shape (3, rows), float32."""
-    return _there(by_row(numbers, counts, torch.float32), device)
+    return _to_device(by_row(numbers, counts, torch.float32), device)
 
 
 def by_row(
@@ -120,7 +120,7 @@ def by_row(
     return torch.cat(each).T.contiguous()
 
 
-def _there(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device, without a wait for what it does now."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -199,13 +199,13 @@ class Units(NamedTuple):
     """Units of layers of one kind, where their weights, gains and biases lie, and what they were.
 
     Attributes:
-        there: All the tensors.
+        tensors: All of them.
         tables: Of weights, gains and biases, see :func:`table`.
         before: Their numbers.
         centered: Whether rows are projected without their means.
     """
 
-    there: list[Tensor]
+    tensors: list[Tensor]
     tables: list[Tensor]
     before: list[Tensor]
     centered: bool
@@ -223,22 +223,22 @@ class Units(NamedTuple):
             counts: Of each layer its units.
             centered: See above.
         """
-        there = [t for layer in layers for t in layer if t is not None]
-        like, total = there[0], sum(counts)
+        all_of_them = [t for layer in layers for t in layer if t is not None]
+        like, total = all_of_them[0], sum(counts)
         tables, before = [], []
         for part in zip(*layers, strict=True):
             size = sum(t.numel() for t in part if t is not None)
             tables.append(table(like.device, part, counts))
             before.append(torch.empty(size, dtype=like.dtype, device=like.device))
             _run(_copy, size and total, like, tables[-1], before[-1], total, _TYPES[like.dtype], BLOCK)
-        return Units(there, tables, before, centered)
+        return Units(all_of_them, tables, before, centered)
 
     def restrain_(self, radius: float) -> None:
         """Updates since then scaled down to the trust region, and rows projected, see ``projection._TrustRegion``."""
-        total, like = self.tables[0].shape[1], self.there[0]
+        total, like = self.tables[0].shape[1], self.tensors[0]
         where = *self.tables, *self.before
         _run(_restrain, total, like, *where, radius, total, self.centered, _TYPES[like.dtype], BLOCK)
-        torch.autograd.graph.increment_version(self.there)
+        torch.autograd.graph.increment_version(self.tensors)
 
 
 if triton is not None:

@@ -30,7 +30,7 @@ class _Activated(nn.Module):
         super().__setattr__(name, value)
 
 
-class _NormProp(_Activated):
+class NormPropLayer(_Activated):
     """What all weight layers share. Mixed in before the torch parent, which stores the weight."""
 
     weight: Tensor
@@ -40,7 +40,7 @@ class _NormProp(_Activated):
     stride: tuple[int, ...]
     factor: float = 1.0  # on ``W x``: of maps whose std is known to be another than 1 (normprop.convert)
     initial_bias: float = 0.0
-    _channel_dim: int
+    channel_dim: int
     _parent: Callable[..., Any]
 
     def _finish(self, activation: Any, rule: NormRule, out_features: int) -> None:
@@ -87,9 +87,7 @@ class _NormProp(_Activated):
     @property
     def fan_in(self) -> int:
         """Number of weights that feed one output unit."""
-        view = functional.row_view(self.weight, self.transposed, self.groups)
-        units = view.shape[0] * (view.shape[2] if self.transposed else 1)
-        return self.weight.numel() // units if units else 0
+        return functional.fan_in(self.weight, self.transposed, self.groups)
 
     @property
     def stretch(self) -> float:
@@ -127,7 +125,7 @@ class _NormProp(_Activated):
 
     def _propagate(self, linear: Any) -> Tensor:
         layer = self._parameters_now()
-        return functional.propagate(linear, layer, self._channel_dim, _shared(self, layer))
+        return functional.propagate(linear, layer, self.channel_dim, _shared(self, layer))
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -144,11 +142,11 @@ class _NormProp(_Activated):
         if self.activation is None:
             return layer
         if type(self.activation) is not nn.ReLU:
-            parts = _fuse_activation(self.activation, mean, std, self._channel_dim, self.weight)
+            parts = _fuse_activation(self.activation, mean, std, self.channel_dim, self.weight)
         elif isinstance(low := -mean / std, float):
             parts = [nn.Threshold(low, low)]
         else:
-            parts = [_map([(torch.maximum, low.to(self.weight.dtype))], self._channel_dim)]
+            parts = [_map([(torch.maximum, low.to(self.weight.dtype))], self.channel_dim)]
         return nn.Sequential(layer, *parts).train(self.training)
 
     @torch.no_grad()
@@ -217,7 +215,7 @@ def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _shared(module: _NormProp, layer: functional.Parameters) -> functional.Ready | None:
+def _shared(module: NormPropLayer, layer: functional.Parameters) -> functional.Ready | None:
     """What :func:`scale_together` has made ready for this layer, if it is what the layer would make."""
     if torch.compiler.is_compiling() or not _shares.open:
         return None
@@ -246,11 +244,11 @@ class _OpenShare:
     def __call__(self, model: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or functional._plain:
             return
-        modules: list[_NormProp] = []
+        modules: list[NormPropLayer] = []
         places = [model]
         while places:
             place = places.pop()
-            if isinstance(place, _NormProp):
+            if isinstance(place, NormPropLayer):
                 modules.append(place)
             # What hooks its own forward may change its parameters there.
             places += [m for m in place._modules.values() if m is not None and not m._forward_pre_hooks]
@@ -277,21 +275,21 @@ def _close_share(model: nn.Module, _: Any, __: Any) -> None:
             return
 
 
-class _Handle(NamedTuple):
+class Handles(NamedTuple):
     handles: tuple[RemovableHandle, ...]
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
 
-    def __enter__(self) -> _Handle:
+    def __enter__(self) -> Handles:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
 
 
-def scale_together(model: nn.Module) -> _Handle:
+def scale_together(model: nn.Module) -> Handles:
     """From now on each forward of ``model`` scales the weights of all its NormProp layers at once.
 
     The same outputs and gradients, with fewer and larger operations: worth it where the maps are
@@ -311,8 +309,8 @@ def scale_together(model: nn.Module) -> _Handle:
     """
     check_model(model)
     if any(isinstance(hook, _OpenShare) for hook in model._forward_pre_hooks.values()):
-        return _Handle(())
-    return _Handle(
+        return Handles(())
+    return Handles(
         (
             model.register_forward_pre_hook(_OpenShare()),
             model.register_forward_hook(_close_share, always_call=True),
@@ -390,7 +388,7 @@ def _fuse_activation(
     return parts
 
 
-class NormPropLinear(_NormProp, nn.Linear):
+class NormPropLinear(NormPropLayer, nn.Linear):
     r"""``nn.Linear`` whose output has mean 0 and variance 1 (PAPER eq. 9; eq. 12 for any activation).
 
     .. math:: o = (\varphi(g\,(W x)/\lVert W_i\rVert_2 + b) - \text{mean})/\text{std}
@@ -422,7 +420,7 @@ class NormPropLinear(_NormProp, nn.Linear):
         torch.Size([1, 10])
     """
 
-    _channel_dim = -1
+    channel_dim = -1
     _parent = nn.Linear
 
     def __init__(
@@ -443,7 +441,7 @@ class NormPropLinear(_NormProp, nn.Linear):
         return self._propagate(lambda weight, bias: F.linear(input, weight, bias))
 
 
-class _NormPropConv(_NormProp):
+class _NormPropConv(NormPropLayer):
     """Convolutions: the torch parent's constructor plus ``activation=`` and ``rule=``."""
 
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -487,7 +485,7 @@ class _NormPropConv(_NormProp):
 class NormPropConv1d(_NormPropConv, nn.Conv1d):
     """``nn.Conv1d`` with normalised output, see :class:`NormPropConv2d`; (N, C, L) or (C, L)."""
 
-    _channel_dim = -2
+    channel_dim = -2
     _parent = nn.Conv1d
 
 
@@ -519,18 +517,18 @@ class NormPropConv2d(_NormPropConv, nn.Conv2d):
         NormPropConv2d(3, 8, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), activation=relu, rule=PAPER)
     """
 
-    _channel_dim = -3
+    channel_dim = -3
     _parent = nn.Conv2d
 
 
 class NormPropConv3d(_NormPropConv, nn.Conv3d):
     """``nn.Conv3d`` with normalised output, see :class:`NormPropConv2d`; (N, C, D, H, W) or (C, D, H, W)."""
 
-    _channel_dim = -4
+    channel_dim = -4
     _parent = nn.Conv3d
 
 
-class _NormPropConvTranspose(_NormProp):
+class _NormPropConvTranspose(NormPropLayer):
     """Transposed convolutions: the torch parent's constructor plus ``activation=`` and ``rule=``."""
 
     kernel_size: tuple[int, ...]
@@ -602,7 +600,7 @@ class _NormPropConvTranspose(_NormProp):
 class NormPropConvTranspose1d(_NormPropConvTranspose, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` with normalised output, see :class:`NormPropConvTranspose2d`."""
 
-    _channel_dim = -2
+    channel_dim = -2
     _parent = nn.ConvTranspose1d
 
 
@@ -628,14 +626,14 @@ class NormPropConvTranspose2d(_NormPropConvTranspose, nn.ConvTranspose2d):
         TypeError: If activation or rule is not what it should be.
     """
 
-    _channel_dim = -3
+    channel_dim = -3
     _parent = nn.ConvTranspose2d
 
 
 class NormPropConvTranspose3d(_NormPropConvTranspose, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` with normalised output, see :class:`NormPropConvTranspose2d`."""
 
-    _channel_dim = -4
+    channel_dim = -4
     _parent = nn.ConvTranspose3d
 
 

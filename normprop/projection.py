@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from normprop import kernels
 from normprop.merges import NormalizedAdd, NormalizedGate
-from normprop.modules import NormalizedActivation, _Handle, _NormProp, check_model
-from normprop.rows import Geometry, _norms, _rows, parts, project_rows_, row_view
+from normprop.modules import Handles, NormalizedActivation, NormPropLayer, check_model
+from normprop.rows import Geometry, _rows, parts, project_rows_, row_lengths, row_view
 
 
 def project_(model: nn.Module) -> None:
@@ -33,7 +34,7 @@ def project_(model: nn.Module) -> None:
     """
     together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
     for module in model.modules():
-        if isinstance(module, _NormProp) and module.weight.requires_grad:
+        if isinstance(module, NormPropLayer) and module.weight.requires_grad:
             _check_owned(module)
             weight, geometry = module.weight, (module.transposed, module.groups)
             key = (module.rule.centered, weight.device, weight.dtype)
@@ -48,7 +49,7 @@ def attach_projection(
     model: nn.Module,
     trust_radius: float | None = None,
     orthogonal: bool = False,
-) -> RemovableHandle | _Handle:
+) -> RemovableHandle | Handles:
     r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
 
     With ``trust_radius`` no step moves a NormProp unit's pre-activation further than that, whatever the
@@ -107,7 +108,7 @@ def attach_projection(
             "wraps (with Opacus, before make_private)"
         )
     check_model(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _NormProp)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, NormPropLayer)}
     for name, layer in layers.items():
         _check_owned(layer, name)
     if not layers:
@@ -143,7 +144,7 @@ def attach_projection(
         )
     region = _TrustRegion(model, trust_radius, orthogonal)
     before = optimizer.register_step_pre_hook(region.remember)
-    return _Handle((before, optimizer.register_step_post_hook(region.restrain)))
+    return Handles((before, optimizer.register_step_post_hook(region.restrain)))
 
 
 class _TrustRegion:
@@ -163,7 +164,7 @@ class _TrustRegion:
         units: list[tuple[Any, dict[str, Tensor]]] = []
         seen: set[int] = set()
         for layer in self.model.modules():
-            if isinstance(layer, (_NormProp, NormalizedActivation)) and layer.gain is not None:
+            if isinstance(layer, (NormPropLayer, NormalizedActivation)) and layer.gain is not None:
                 own = {name: layer._parameters.get(name) for name in ("weight", "gain", "bias")}
                 moving: dict[str, Tensor] = {
                     name: p
@@ -223,63 +224,100 @@ class _TrustRegion:
             self.units, self.joined = [], []
             return
         sharded, before, self.units, self.before = self.units, self.before, [], []
-        units = [(layer, {name: _whole(p) for name, p in own.items()}) for layer, own in sharded]
+        moved = [
+            _Moved(layer, {name: _whole(p) for name, p in own.items()}, old)
+            for (layer, own), old in zip(sharded, before, strict=True)
+        ]
         if self.orthogonal:
-            for (layer, own), old in zip(units, before, strict=True):
-                if "weight" in own:
-                    p, start = own["weight"], old["weight"]
-                    step = orthogonal(_tangent(layer, start, p - start), layer.transposed, layer.groups)
-                    torch.add(start, step, alpha=radius, out=p)
-        none = [torch.zeros_like(_wide(_whole(layer.gain))) for layer, _ in units]
+            for layer in moved:
+                layer.make_orthogonal_(radius)
+        for layer, share in zip(moved, self._shares(moved, radius), strict=True):
+            layer.go_(share)
+        for (_, own), layer in zip(sharded, moved, strict=True):
+            for name, p in own.items():
+                _put_back(p, layer.now[name])
+        project_(self.model)
 
-        def joined(name: str, measure: Callable[..., Tensor]) -> Tensor:
-            """One number a unit, of all layers, from what was and what is; 0 where there is no such parameter."""
-            each = zip(units, before, none, strict=True)
-            return torch.cat(
-                [
-                    measure(layer, old[name], own[name]) if name in own else zero
-                    for (layer, own), old, zero in each
-                ]
-            )
-
-        lengths = torch.threshold(
-            joined("weight", lambda layer, old, _: _row_lengths(layer, old)), 0.0, 1.0
+    def _shares(self, moved: list[_Moved], radius: float) -> Sequence[Tensor]:
+        """What share of its step each unit may make, layer by layer; computed for all at once."""
+        counts = [layer.count for layer in moved]
+        lengths = torch.cat([layer.of("weight", layer.lengths) for layer in moved])
+        turn = torch.cat([layer.of("weight", layer.distances) for layer in moved])
+        turn /= torch.threshold(lengths, 0.0, 1.0)
+        change, shift = (
+            torch.cat([layer.of(name, lambda old, new: _wide(new - old)) for layer in moved])
+            for name in ("gain", "bias")
         )
-        turn = joined("weight", _row_distances) / lengths
-        change, shift = (joined(name, lambda _, old, new: _wide(new - old)) for name in ("gain", "bias"))
-        gain = torch.cat(
-            [
-                _wide(old["gain"] if "gain" in old else _whole(layer.gain))
-                for (layer, _), old in zip(units, before, strict=True)
-            ]
-        ).abs()
+        gain = torch.cat([layer.gain_before for layer in moved]).abs()
         gain += change.abs().clamp_max(radius)  # it will not grow by more than that
-        counts = [len(zero) for zero in none]
-        turns = turn.split(counts)
         shared = [
             (first, other)
             for first, *others in self.sharers.values()
             for other in others
             if counts[other] == counts[first]
         ]
+        turns = turn.split(counts)
         for first, other in shared:  # its rows turn too
             turns[other].copy_(turns[first])
         size = ((gain * turn).square() + change.square() + shift.square()).sqrt()
         sizes = size.split(counts)
         for first, other in shared:
             torch.maximum(sizes[first], sizes[other], out=sizes[first])
-        factors = (radius / size.clamp_min(max(radius, 1e-30))).split(counts)
-        for (layer, own), old, factor in zip(units, before, factors, strict=True):
-            for name, p in own.items():
-                start, end, share = old[name], p, factor.to(p.dtype)
-                if name == "weight":
-                    start, end = (row_view(t, layer.transposed, layer.groups) for t in (start, p))
-                    share = share.view(_rows(p, (layer.transposed, layer.groups)).shape)
-                torch.lerp(start, end, share, out=end)
-        for (_, own), (_, whole) in zip(sharded, units, strict=True):
-            for name, p in own.items():
-                _put_back(p, whole[name])
-        project_(self.model)
+        return (radius / size.clamp_min(max(radius, 1e-30))).split(counts)
+
+
+@dataclass
+class _Moved:
+    """A layer's parameters after a step, and before it; those that are its own to move."""
+
+    layer: Any
+    now: dict[str, Tensor]
+    before: dict[str, Tensor]
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.layer.transposed, self.layer.groups
+
+    @property
+    def count(self) -> int:
+        """How many units."""
+        return len(self.layer.gain)
+
+    @property
+    def gain_before(self) -> Tensor:
+        return _wide(self.before["gain"] if "gain" in self.before else _whole(self.layer.gain))
+
+    def of(self, name: str, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """One number a unit, from what was and what is; 0 where there is no such parameter."""
+        if name not in self.now:
+            return torch.zeros_like(self.gain_before)
+        return measure(self.before[name], self.now[name])
+
+    def lengths(self, old: Tensor, _: Tensor) -> Tensor:
+        return row_lengths(old, *self.geometry)
+
+    def distances(self, old: Tensor, new: Tensor) -> Tensor:
+        """How far each row moved; on a CPU in parts that a cache holds, as fresh memory is slow."""
+        slices = [] if self.layer.transposed else parts(old)
+        if not slices:
+            return row_lengths(new - old, *self.geometry)
+        return torch.cat([row_lengths(new[at] - old[at]) for at in slices])
+
+    def make_orthogonal_(self, radius: float) -> None:
+        """The weight's step, tangent to its rows, replaced by an orthogonal one of this length."""
+        if "weight" in self.now:
+            old, new = self.before["weight"], self.now["weight"]
+            step = orthogonal(_tangent(self.layer, old, new - old), *self.geometry)
+            torch.add(old, step, alpha=radius, out=new)
+
+    def go_(self, share: Tensor) -> None:
+        """This share of the step, of each unit, from where it was."""
+        for name, end in self.now.items():
+            start, part = self.before[name], share.to(end.dtype)
+            if name == "weight":
+                part = part.view(_rows(end, self.geometry).shape)
+                start, end = (row_view(t, *self.geometry) for t in (start, end))
+            torch.lerp(start, end, part, out=end)
 
 
 def _check_owned(layer: nn.Module, name: str = "") -> None:
@@ -317,11 +355,6 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _row_lengths(layer: Any, weight: Tensor) -> Tensor:
-    """Length of each of a weight's rows, shape (out,)."""
-    return _norms([_rows(weight, (layer.transposed, layer.groups))])
-
-
 def _tangent(layer: Any, weight: Tensor, step: Tensor) -> Tensor:
     """A weight's step without what the projection takes away: rows' directions, and their means if centred."""
     rows, moves = (_rows(t, (layer.transposed, layer.groups)) for t in (weight, step))
@@ -333,14 +366,6 @@ def _tangent(layer: Any, weight: Tensor, step: Tensor) -> Tensor:
     if layer.rule.centered:
         tangent -= tangent.mean(rows.dims, keepdim=True)
     return tangent.reshape(step.shape)
-
-
-def _row_distances(layer: Any, old: Tensor, new: Tensor) -> Tensor:
-    """How far each row moved, shape (out,); on a CPU in parts that a cache holds, as fresh memory is slow."""
-    slices = [] if layer.transposed else parts(old)
-    if not slices:
-        return _row_lengths(layer, new - old)
-    return torch.cat([_row_lengths(layer, new[at] - old[at]) for at in slices])
 
 
 def annealed(optimizer: torch.optim.Optimizer) -> float:
@@ -423,9 +448,9 @@ def param_groups(model: nn.Module, weight_decay: float, gain_decay: float = 0.0)
     for name, value in (("weight_decay", weight_decay), ("gain_decay", gain_decay)):
         if not (isinstance(value, Real) and float(value) >= 0):
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
-    kinds = (_NormProp, NormalizedActivation, NormalizedAdd, NormalizedGate)
+    kinds = (NormPropLayer, NormalizedActivation, NormalizedAdd, NormalizedGate)
     layers = [m for m in model.modules() if isinstance(m, kinds)]
-    directions = [layer.weight for layer in layers if isinstance(layer, (_NormProp, NormalizedAdd))]
+    directions = [layer.weight for layer in layers if isinstance(layer, (NormPropLayer, NormalizedAdd))]
     weights = {id(p): p for p in directions if isinstance(p, nn.Parameter)}
     gains = {id(p): p for layer in layers for p in layer.parameters() if id(p) not in weights}
     rest = {id(p): p for p in model.parameters() if id(p) not in weights and id(p) not in gains}

@@ -41,6 +41,17 @@ def fan_in_dims(view: Tensor, transposed: bool) -> tuple[int, ...]:
     return (1, *range(3, view.ndim)) if transposed else tuple(range(1, view.ndim))
 
 
+def fan_in(weight: Tensor, transposed: bool = False, groups: int = 1) -> int:
+    """How many weights feed one output unit; 0 if there is no unit."""
+    units = weight.shape[1] * groups if transposed else weight.shape[0]
+    return weight.numel() // units if units else 0
+
+
+def row_lengths(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
+    """Length of each output unit's row, shape (out,), in at least float32."""
+    return _norm(_rows(weight, (transposed, groups))).flatten()
+
+
 class _Rows(NamedTuple):
     """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie.
 

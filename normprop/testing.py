@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from normprop.data_norm import BatchDataNorm
-from normprop.graph.trace import RANDOM_NAMES
+from normprop.graph.trace import RANDOM_NAMES, is_batch_norm
 from normprop.merges import NormalizedAdd
 
 
@@ -43,7 +42,7 @@ def _suspects(model: nn.Module) -> str:
     found = [
         f"{name or 'model'} ({type(module).__name__})"
         for name, module in model.named_modules()
-        if isinstance(module, _NormBase) and not type(module).__name__.startswith("Instance")
+        if is_batch_norm(module)
     ]
     if not found:
         return ""

@@ -1003,7 +1003,7 @@ def test_the_constants_go_with_the_state_dict(monkeypatch):
     assert torch.equal(one(x), other(x))
     before = one(x)
     for module in one.modules():
-        if isinstance(module, normprop.modules._NormProp) and module.activation is None:
+        if isinstance(module, normprop.modules.NormPropLayer) and module.activation is None:
             bias = module.bias.detach().clone()
             module.reset_parameters()
             torch.testing.assert_close(module.bias.detach(), bias)  # where the trunk's mean is

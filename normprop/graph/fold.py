@@ -236,7 +236,7 @@ class _Folder:
             return self.activation_module(node, module)
         if isinstance(module, DATA_NORMS):
             return self.data_norm(node, module)
-        if isinstance(module, modules._NormProp) or _is_plain_layer(module):
+        if isinstance(module, modules.NormPropLayer) or _is_plain_layer(module):
             return self.weight_layer(node, module)
         if module is not None and type(module).__module__ not in tracing.OURS and _hooks(module):
             return self.copied(node, module)
@@ -433,7 +433,7 @@ class _Folder:
         """``(phi(y) - mean) / std``."""
         if activation is None:
             return _Value(y)
-        along = getattr(layer, "_channel_dim", None)
+        along = getattr(layer, "channel_dim", None)
         if type(activation) is nn.ReLU and along is not None:
             # phi is homogeneous: 1/std went into the weight, -mean/std into the bias (see ``plain``).
             low = -mean / std

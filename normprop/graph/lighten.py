@@ -163,7 +163,7 @@ class _Lighter:
     def layer(self, node: Any) -> Any:
         """Likewise if it is a NormProp layer."""
         module = self.own(node)
-        return module if isinstance(module, modules._NormProp) else None
+        return module if isinstance(module, modules.NormPropLayer) else None
 
     def remove(self, node: fx.Node, instead: fx.Node) -> None:
         node.replace_all_uses_with(instead)

@@ -34,7 +34,8 @@ Factor = float | Callable[[Tensor], Tensor | float]
 Result = tuple[Signal, list[Any]]
 
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
-_POOLS = {"max_pool": "max", "avg_pool": "avg", "adaptive_avg_pool": "avg", "adaptive_max_pool": "max"}
+# Over dims that the code names, as tracing.POOLS has pools.
+_REDUCTIONS = {"mean": ("avg", True, 0), "sum": ("avg", True, 0), "amax": ("max", True, 0)}
 _GLOBAL = 49  # positions of a global pool where sizes are unknown: 7x7
 _AVERAGES = (pools.AvgPool, pools.AdaptiveAvgPool)
 _MAXIMA = (pools.MaxPool, pools.AdaptiveMaxPool)
@@ -465,24 +466,17 @@ class Walk:
         return Signal.mixture([signal, Signal.constant(float(value))], [share, 1 - share]), [share]
 
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
-        signal = self._signal(source)
-        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(module).__name__).strip("_")
-        spelled = (name if module is not None else what).rstrip("d").rstrip("123")
-        kind = _POOLS.get(spelled)
-        before, after = shape(source), shape(node)
-        if spelled in ("mean", "sum", "amax"):
-            kind = "max" if spelled == "amax" else "avg"
-        elif kind is None:
+        name = what if module is None else type(module).__name__
+        if (found := _REDUCTIONS.get(name) or tracing.POOLS.get(name)) is None:
             return None
-        adaptive = spelled.startswith("adaptive") or spelled in ("mean", "sum", "amax")
+        kind, adaptive, spatial = found
+        signal, before, after = self._signal(source), shape(source), shape(node)
         if adaptive:
             count = math.prod(before) // max(1, math.prod(after)) if before and after else _GLOBAL
         else:
-            size = getattr(module, "kernel_size", None) if module is not None else None
-            if size is None:
-                size = node.args[1] if len(node.args) > 1 else node.kwargs.get("kernel_size", 1)
-            spatial = int(name[-2]) if name[-2:-1].isdigit() else int(what[-2])
-            count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial  # type: ignore
+            size: Any = getattr(module, "kernel_size", node.kwargs.get("kernel_size", 1))
+            size = node.args[1] if module is None and len(node.args) > 1 else size
+            count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
         if count == 1:
             return signal, [1.0]
         self.evens[node] = float(kind == "avg")
@@ -496,7 +490,7 @@ class Walk:
             pooled = total.affine(1 / count)
         else:
             pooled = Signal.gaussian(signal.mean, signal.std / math.sqrt(count))
-        if spelled == "sum":
+        if name == "sum":
             return pooled.affine(count), [float(count)]
         grown = math.prod(after) / math.prod(before) if before and after else 1 / count
         return pooled, [grown if adaptive else 1 / count]

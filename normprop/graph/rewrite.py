@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -374,26 +375,26 @@ class Rewriter:
 
     def behind_weight(self, node: fx.Node) -> bool:
         """Whether a weight layer lies before the node."""
-        return bool(self.ancestors(node) & self.weight_mask())
+        return bool(self.ancestors(node) & self.weight_mask)
 
     def ancestors(self, node: fx.Node) -> int:
         """The nodes before a node, as bits."""
-        if not hasattr(self, "_bits"):
-            self._bits: dict[fx.Node, int] = {}
-            for index, n in enumerate(self.nodes):
-                bits = 1 << index
-                for source in n.all_input_nodes:
-                    bits |= self._bits[source]
-                self._bits[n] = bits
         return self._bits[node]
 
+    @functools.cached_property
+    def _bits(self) -> dict[fx.Node, int]:
+        result: dict[fx.Node, int] = {}
+        for index, node in enumerate(self.nodes):
+            result[node] = 1 << index
+            for source in node.all_input_nodes:
+                result[node] |= result[source]
+        return result
+
+    @functools.cached_property
     def weight_mask(self) -> int:
-        if not hasattr(self, "_weights"):
-            self._weights = 0
-            for index, n in enumerate(self.nodes):
-                if tracing.weight_source(self.graph_module, n) is not None:
-                    self._weights |= 1 << index
-        return self._weights
+        """The weight layers, as bits."""
+        layers = (tracing.weight_source(self.graph_module, node) is not None for node in self.nodes)
+        return sum(1 << index for index, is_layer in enumerate(layers) if is_layer)
 
     # Rewrite ------------------------------------------------------------------------------------
 
@@ -476,11 +477,8 @@ class Rewriter:
         return new
 
     def layer_rule(self, layer: Any, first: bool) -> NormRule:
-        view = functional.row_view(
-            layer.weight, getattr(layer, "transposed", False), getattr(layer, "groups", 1)
-        )
-        units = view.shape[0] * (view.shape[2] if getattr(layer, "transposed", False) else 1)
-        return self.owner.rule.at(layer.weight.numel() // max(1, units), first)
+        geometry = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
+        return self.owner.rule.at(functional.fan_in(layer.weight, *geometry), first)
 
     def fresh_weight(self, layer: Any) -> None:
         """Rows of length 1; a weight with a zero row (zero-initialised) is drawn anew."""
@@ -488,9 +486,8 @@ class Rewriter:
             if layer.weight.is_meta:
                 return
             layer.project_()
-            rows = functional.row_view(layer.weight, layer.transposed, layer.groups)
-            dims = functional.fan_in_dims(rows, layer.transposed)
-            if not bool((torch.linalg.vector_norm(rows, dim=dims) > 0).all()):
+            lengths = functional.row_lengths(layer.weight, layer.transposed, layer.groups)
+            if not bool((lengths > 0).all()):
                 layer.reset_parameters()
 
     def hand_over(self, path: str, layer: Any, norm: fx.Node | None, new: Any) -> None:
@@ -516,9 +513,7 @@ class Rewriter:
     def _preserved(self, kind: Any, layer: Any, norm: Any, activation: nn.Module | None) -> Any:
         new = kind.from_parent(layer, activation, _PRESERVE)
         gain, bias = _affine_of(norm)
-        rows = functional.row_view(layer.weight.double(), new.transposed, new.groups)
-        dims = functional.fan_in_dims(rows, new.transposed)
-        length = torch.linalg.vector_norm(rows, dim=dims).flatten()
+        length = functional.row_lengths(layer.weight.double(), new.transposed, new.groups)
         if layer.bias is not None:
             bias = bias + gain * layer.bias.double()
         new.gain.copy_(gain * length / new.stretch)
@@ -693,7 +688,7 @@ class Rewriter:
             if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
                 continue
             before = self.ancestors(a), self.ancestors(b)
-            layers = [(before[k] & ~before[1 - k] & self.weight_mask()).bit_count() for k in (0, 1)]
+            layers = [(before[k] & ~before[1 - k] & self.weight_mask).bit_count() for k in (0, 1)]
             if max(layers) == 0:
                 continue  # x + act(x)
             joins[node] = None if layers[0] == layers[1] else layers.index(min(layers))
@@ -855,54 +850,39 @@ def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
 
 def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | None) -> nn.Module | None:
     """The normalised twin of a pool; None if the node is none, is one already, or returns indices."""
-    if type(module).__module__ == pools.__name__:
-        return None
-    kind = type(module).__name__ if module is not None else key(node)
-    if isinstance(module, (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)) and not module.return_indices:
-        names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
-        return getattr(pools, f"Normalized{kind}")(**{n: getattr(module, n) for n in names}, activation=phi)
-    if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)):
-        names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        return getattr(pools, f"Normalized{kind}")(**{n: getattr(module, n) for n in names})
-    if isinstance(module, (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)):
-        return getattr(pools, f"Normalized{kind}")(module.output_size)
-    if isinstance(module, (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)):
-        return getattr(pools, f"Normalized{kind}")(module.output_size, activation=phi)
     if type(module) is nn.Upsample and module.mode in ("linear", "bilinear", "bicubic", "trilinear"):
         return pools.NormalizedUpsample(module.size, module.scale_factor, module.mode, module.align_corners)
-    if module is not None or node.op not in ("call_function", "call_method"):
-        return None
-    rest = dict(zip(_POOL_ARGUMENTS.get(kind, ()), node.args[1:], strict=False)) | {
-        name: value
-        for name, value in node.kwargs.items()
-        if name not in ("input", "return_indices", "inplace")
-    }
-    if any(isinstance(value, fx.Node) for value in rest.values()) or node.kwargs.get("return_indices"):
-        return None
-    if kind.startswith("max_pool"):
-        return getattr(pools, f"NormalizedMaxPool{kind[-2:]}")(**rest, activation=phi)
-    if kind.startswith("avg_pool"):
-        return getattr(pools, f"NormalizedAvgPool{kind[-2:]}")(**rest)
-    if kind.startswith("adaptive_avg_pool"):
-        return getattr(pools, f"NormalizedAdaptiveAvgPool{kind[-2:]}")(**rest)
-    if kind.startswith("adaptive_max_pool"):
-        return getattr(pools, f"NormalizedAdaptiveMaxPool{kind[-2:]}")(**rest, activation=phi)
-    if kind == "mean":
+    name = key(node) if module is None else type(module).__name__
+    if name == "mean" and module is None:
         dims = _argument(node, 1, "dim", None)
         size = shape(tensor_inputs(node)[0])
         spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
-        if spatial and size is not None and len(size) == 4:
-            return pools.NormalizedAdaptiveAvgPool2d(1)
-    return None
+        return (
+            pools.NormalizedAdaptiveAvgPool2d(1)
+            if spatial and size is not None and len(size) == 4
+            else None
+        )
+    if name not in tracing.POOLS:
+        return None
+    kind, adaptive, d = tracing.POOLS[name]
+    names = _POOL_ARGUMENTS["adaptive" if adaptive else kind]
+    if module is not None:
+        given = {n: getattr(module, n) for n in (*names, "return_indices") if hasattr(module, n)}
+    else:
+        given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+    if given.pop("return_indices", False) or any(
+        isinstance(v, fx.Node) for n, v in given.items() if n != "input"
+    ):
+        return None
+    options = {n: value for n, value in given.items() if n not in ("input", "inplace")}
+    twin = f"Normalized{'Adaptive' * adaptive}{kind.capitalize()}Pool{d}d"
+    return getattr(pools, twin)(**options, **({"activation": phi} if kind == "max" else {}))
 
 
 _POOL_ARGUMENTS = {
-    **{f"max_pool{d}d": ("kernel_size", "stride", "padding", "dilation", "ceil_mode") for d in (1, 2, 3)},
-    **{
-        f"avg_pool{d}d": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
-        for d in (1, 2, 3)
-    },
-    **{f"adaptive_{m}_pool{d}d": ("output_size",) for m in ("avg", "max") for d in (1, 2, 3)},
+    "adaptive": ("output_size",),
+    "max": ("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    "avg": ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
 }
 
 

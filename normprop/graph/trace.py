@@ -43,6 +43,17 @@ _FUNCTIONAL_WEIGHTS = {
 }
 
 
+# Of torch's pools, as modules and as functions: kind, whether adaptive, spatial dims.
+POOLS = {
+    name: (kind, bool(adaptive), d)
+    for d in (1, 2, 3)
+    for kind in ("max", "avg")
+    for adaptive in ("", "adaptive")
+    for name in (
+        f"{adaptive.capitalize()}{kind.capitalize()}Pool{d}d",
+        f"{adaptive}_{kind}_pool{d}d".strip("_"),
+    )
+}
 OURS = tuple(f"normprop.{name}" for name in ("modules", "merges", "pools", "data_norm", "activations"))
 
 
