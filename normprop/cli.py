@@ -60,6 +60,13 @@ def _exit(message: str, code: int = 2) -> None:
     sys.exit(code)
 
 
+def _console(json: bool) -> Any:
+    """Where progress and tables go: beside what a program reads, and no narrower than a table in a file."""
+    from rich.console import Console
+
+    return Console(stderr=json, width=None if sys.stdout.isatty() else 160)
+
+
 if typer is not None:
     app = typer.Typer(
         help="Normalization Propagation: normalised hidden layers without batch statistics.",
@@ -209,39 +216,23 @@ if typer is not None:
         import time
 
         import torch
-        from rich.console import Console
 
         from normprop.recipes import InputError, check_count, duration
         from normprop.recipes.data import load
         from normprop.recipes.train import Run, is_first_process, train as fit
 
         run = Run(
-            model,
-            norm,
-            rule,
-            width,
-            batch_size,
-            epochs,
-            lr,
-            data_norm,
-            flip,
-            seed,
-            precision,
-            limit_train_batches,
-            halve_every,
-            weight_decay,
-            train_images,
-            validation,
-            activation,
-            trust_radius,
-            orthogonal,
-        )
+            model=model, norm=norm, rule=rule, width=width, batch_size=batch_size, epochs=epochs, lr=lr,
+            data_norm=data_norm, flip=flip, seed=seed, precision=precision, limit_train_batches=limit_train_batches,
+            halve_every=halve_every, weight_decay=weight_decay, train_images=train_images, validation=validation,
+            activation=activation, trust_radius=trust_radius, orthogonal=orthogonal,
+        )  # fmt: skip
         measured = run.measures.replace("_", " ")
         most = torch.cuda.device_count() or os.cpu_count() or 1
         if devices != "auto" and not (devices.isdigit() and 0 < int(devices) <= most):
             raise InputError(f"--devices {devices}: expected 1 to {most}, which this machine has, or auto")
         check_count("--nodes", nodes)
-        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
+        console = _console(json)
         data = load(dataset)
         started, first = time.perf_counter(), None
 
@@ -290,7 +281,6 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """The same model under several norms and batch sizes: a table, results.json and a figure."""
-        from rich.console import Console
 
         from normprop.recipes.compare import compare as run_all
         from normprop.recipes.data import load
@@ -298,20 +288,10 @@ if typer is not None:
 
         sizes = _numbers("--batch-sizes", batch_sizes)
         run = Run(
-            model,
-            "none",
-            rule,
-            width,
-            max(sizes),
-            epochs,
-            lr,
-            data_norm,
-            flip,
-            seed,
-            precision,
-            limit_train_batches,
-        )
-        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
+            model=model, norm="none", rule=rule, width=width, batch_size=max(sizes), epochs=epochs, lr=lr,
+            data_norm=data_norm, flip=flip, seed=seed, precision=precision, limit_train_batches=limit_train_batches,
+        )  # fmt: skip
+        console = _console(json)
         result = run_all(run, load(dataset), norms.split(","), sizes, seeds, out, console)
         if json:
             _print_json(result)
@@ -352,11 +332,10 @@ if typer is not None:
 
         The same command goes on after a stop; what another process runs in the same folder is left to it.
         """
-        from rich.console import Console
 
         from normprop.recipes.reproduce import reproduce as run_all
 
-        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
+        console = _console(json)
         result = run_all(claim, protocol, dataset, out, jobs, device, only, seeds, console)
         if json:
             _print_json(result)
@@ -391,7 +370,6 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """Time and memory of a training step as a ratio to no normalisation, contenders interleaved."""
-        from rich.console import Console
 
         from normprop.recipes import InputError
         from normprop.recipes.bench import Case, bench as run_all
@@ -406,7 +384,7 @@ if typer is not None:
             for precision in precisions.split(",")
             for size in _numbers("--batch-sizes", batch_sizes)
         ]
-        console = Console(stderr=json, width=None if sys.stdout.isatty() else 160)
+        console = _console(json)
         result = run_all(cases, norms.split(","), rounds, device, out, console)
         if json:
             _print_json(result)
