@@ -907,10 +907,12 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _out_of_place(activation: nn.Module) -> nn.Module:
-    """The activation for a layer of its own: learned slopes shared, nothing written in place."""
+    """The activation for a layer of its own: learned slopes shared, nothing written in place, no hooks."""
     if activations.is_learned(activation):
         return activation
     activation = copy.deepcopy(activation)
+    for hooks in (activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks):
+        hooks.clear()  # they are listed as lost
     if getattr(activation, "inplace", False):
         activation.inplace = False  # type: ignore[assignment]
     return activation
