@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import normprop
 from normprop import convert, fold
 from normprop.graph.convert import ConversionError
+from normprop.graph.trace import TraceError
 
 
 def randn(*shape, seed=0):
@@ -521,3 +524,209 @@ def test_an_activation_written_out_is_no_gate(phi):
 def test_reports_name_a_pools_activation_plainly():
     net = nn.Sequential(*block(3, 8), nn.MaxPool2d(2), *block(8, 8))
     assert "NormalizedMaxPool2d, relu\n" in str(convert(net))
+
+
+class Blocks(nn.Module):
+    """A small network; what its forward does besides is the test's."""
+
+    def __init__(self, extra):
+        super().__init__()
+        self.conv, self.norm, self.out = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1)
+        self.register_buffer("steps", torch.zeros(1))
+        self.maps, self.calls, self.extra = [], 0, extra
+
+    def forward(self, x):
+        h = F.relu(self.norm(self.conv(x)))
+        return self.out(self.extra(self, h))
+
+
+def draws(draw):
+    return lambda self, h: h if self.training and draw() < 0.5 else 2 * h
+
+
+def counts(self, h):
+    self.steps.add_(1)
+    return h
+
+
+def averages(self, h):
+    self.steps = 0.9 * self.steps + 0.1 * h.detach().mean()
+    return h
+
+
+@pytest.mark.parametrize(
+    ("extra", "what"),
+    [
+        (draws(lambda: torch.rand(1).item()), "draws random numbers"),
+        (draws(random.random), "draws random numbers"),
+        (draws(np.random.rand), "draws random numbers"),
+        (counts, "writes into self.steps"),
+        (averages, "sets self.steps"),
+    ],
+    ids=["torch", "random", "numpy", "counts", "averages"],
+)
+def test_code_that_does_more_than_its_graph_is_left_as_it_is(extra, what):
+    model = Blocks(extra)
+    conversion = convert(model, preserve=True)
+    assert [site.path for site in conversion.skipped] == ["norm"]
+    assert what in conversion.skipped[0].target
+    x = torch.randn(2, 3, 8, 8)
+    if "steps" in what:
+        for net in (model, conversion.model):
+            net.eval()(x)
+        assert not torch.equal(model.steps, torch.zeros(1))
+        torch.testing.assert_close(conversion.model.steps, model.steps)
+        with pytest.raises(TraceError, match=re.escape(what)):
+            fold(model)
+    else:
+        outputs = {float(conversion.model.train()(x).detach().sum()) for _ in range(20)}
+        assert len(outputs) > 1
+
+
+def remembers(self, h):
+    self.calls += 1
+    self.maps.append(h)
+    self.seen = h
+    return h
+
+
+def test_tracing_leaves_the_model_as_it_was():
+    model, x = Blocks(remembers), torch.randn(2, 3, 8, 8)
+    normprop.predict(model, x)
+    conversion = convert(model, strict=True)
+    assert "forward() sets self.seen, which the result does not" in conversion.notes
+    for net in (model, conversion.model):
+        assert (net.calls, net.maps, hasattr(net, "seen")) == (0, [], False)
+    pickle.loads(pickle.dumps(conversion.model))
+
+
+def test_random_numbers_that_are_part_of_the_graph_stay_so():
+    class Drop(nn.Module):
+        def forward(self, x):
+            return x * torch.rand_like(x[:, :1, :1, :1]).round() if self.training else x
+
+    net = nn.Sequential(*block(3, 8), Drop(), *block(8, 8))
+    conversion = convert(net, strict=True)
+    x = torch.randn(4, 3, 8, 8)
+    assert len({float(conversion.model(x).detach().sum()) for _ in range(20)}) > 1
+
+
+def test_norms_inside_torchs_own_modules_are_skipped_by_name():
+    class Last(nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    layer.norm1 = Last(8)
+    net = nn.Sequential(nn.Linear(4, 8), layer)
+    with pytest.raises(
+        ConversionError, match=r"1\.norm1: Last: it is inside a module whose code is not followed"
+    ):
+        convert(net, example=torch.randn(2, 5, 4), strict=True)
+
+
+def test_conditional_norms_are_skipped():
+    class Conditional(nn.BatchNorm2d):
+        def __init__(self, channels, classes):
+            super().__init__(channels, affine=False)
+            self.scale = nn.Linear(classes, channels)
+
+        def forward(self, x, y):
+            return super().forward(x) * self.scale(y)[:, :, None, None]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), Conditional(8, 4)
+
+        def forward(self, x, y):
+            return self.norm(self.conv(x), y)
+
+    inputs = torch.randn(2, 3, 8, 8), torch.randn(2, 4)
+    for preserve in (False, True):
+        assert [s.path for s in convert(Net(), preserve=preserve, example=inputs).skipped] == ["norm"]
+    assert normprop.predict(Net(), inputs)["norm"].shape == (2, 8, 6, 6)
+
+
+def test_an_embeddings_scale_counts():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = (
+                nn.Embedding(100, 32),
+                nn.Sequential(nn.Conv1d(32, 32, 3), nn.BatchNorm1d(32)),
+            )
+            nn.init.normal_(self.embed.weight, std=0.02)
+
+        def forward(self, tokens):
+            return self.body(self.embed(tokens).transpose(1, 2))
+
+    tokens = torch.randint(0, 100, (16, 20))
+    model = Tokens()
+    assert normprop.predict(model, tokens)["embed"].std == pytest.approx(0.02, rel=0.05)
+    assert 0.8 < float(convert(model, example=tokens).model(tokens).detach().std()) < 1.2
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.detach().requires_grad_(),
+        lambda x: x + nn.init.zeros_(torch.empty_like(x)),
+        lambda x: x * x.new_empty(len(x), 1, 1, 1).bernoulli_(1.0),
+    ],
+)
+def test_writes_without_a_twin_are_left(write):
+    model = used(Code(lambda self, x: self.body2(write(x)), body2=block(3, 8)))
+    conversion = convert(model, preserve=True, strict=True, example=randn(2, 3, 8, 8))
+    x = randn(2, 3, 8, 8)
+    torch.testing.assert_close(conversion.model(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+def test_any_number_of_inputs_is_not_followed():
+    class Each(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = block(3, 8)
+
+        def forward(self, *xs):
+            return [self.body(x) for x in xs]
+
+    x = torch.randn(1, 3, 8, 8)
+    conversion = convert(Each(), example=(x, x))
+    assert [len(conversion.model(*[x] * n)) for n in (1, 2, 3)] == [1, 2, 3]
+    assert any("forward takes *xs, any number of inputs" in note for note in conversion.notes)
+
+
+def test_parameter_names_follow_the_parameters():
+    model = block(3, 8)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    convert(model).update_optimizer_(optimizer)
+    assert optimizer.param_groups[0]["param_names"] == ["0.weight", "0.gain", "0.bias"]
+
+
+def test_an_example_is_not_written_into():
+    model = Code(lambda self, x: self.layers(x.sub_(0.5)), layers=block(3, 8))
+    example = F.interpolate(torch.randn(16, 3, 3, 3), size=(16, 16), mode="bilinear") * 1.6
+    before = example.clone()
+    convert(model, example=example)
+    assert torch.equal(example, before)
+
+
+def test_keys_do_not_depend_on_parameters_of_other_kinds():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 16, 4, 4, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.mix = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+
+        def forward(self, x):
+            tokens = self.stem(x).flatten(2).transpose(1, 2)
+            tokens = tokens + self.attention(tokens, tokens, tokens)[0]
+            return tokens + self.mix(tokens)
+
+    keys = set()
+    for seed in (0, 8, 9, 11):
+        torch.manual_seed(seed)
+        keys.add(tuple(convert(Attention(), example=torch.randn(4, 3, 16, 16)).model.state_dict()))
+    assert len(keys) == 1

@@ -696,3 +696,31 @@ def test_constants_of_an_unknown_size_are_refused():
     pool = normprop.NormalizedAdaptiveMaxPool2d(1)
     with pytest.raises(FoldError, match="its constants depend on the input's size; pass verify="):
         fold(nn.Sequential(NormPropConv2d(3, 4, 3), pool))
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(
+            NormalizedActivation("relu", 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), NormPropLinear(8, 5)
+        ),
+        nn.Sequential(NormalizedActivation("gelu", 8), nn.Flatten(2), nn.ReLU(), nn.Linear(8, 8)),
+    ],
+    ids=["pooled", "flattened"],
+)
+def test_without_verify_no_number_of_dims_is_taken_for_granted(net):
+    net = copy.deepcopy(net)
+    with torch.no_grad():
+        net[0].gain.normal_()
+        net[0].bias.normal_()
+    folded = fold(net)
+    for size in ((4, 8, 8, 1), (4, 8, 2, 4)):
+        x = torch.randn(size)
+        torch.testing.assert_close(folded(x), net(x))
+
+
+@pytest.mark.parametrize("call", [fold, lambda m: normprop.predict(m, torch.randn(2, 3)), normprop.lighten])
+def test_wrapped_models_name_what_to_pass(call):
+    wrapped = nn.DataParallel(nn.Sequential(NormPropLinear(3, 2)))
+    with pytest.raises(normprop.TraceError, match=r"model is wrapped in DataParallel: pass model\.module"):
+        call(wrapped)

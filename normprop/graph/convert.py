@@ -25,7 +25,6 @@ from normprop.modules import check_model
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _REHEARSAL = 4  # the same where only decisions are taken
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 
 
 class ConversionError(ValueError):
@@ -104,6 +103,10 @@ class Conversion:
                 if parameter.requires_grad and id(parameter) not in ours | given and beside is not None:
                     beside.append(parameter)
                     given.add(id(parameter))
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            if "param_names" in group:
+                group["param_names"] = [names[id(p)] for p in group["params"]]
 
     def __str__(self) -> str:
         rows = [("path", "source", "now")] + [(s.path, s.source, s.target) for s in self.replaced]
@@ -149,9 +152,10 @@ def convert(
         preserve: See above.
         strict: Raise if anything is skipped.
         filter_fn: ``filter_fn(module, path)``: False leaves a BatchNorm or weight layer as it is.
-        example: An input, or a tuple of them, of the sizes that will be used; only shapes are read.
-            None: guessed. Needed where the code looks at shapes, and for the constants behind
-            averages over positions.
+        example: An input, or a tuple of them, of the sizes that will be used; values count if they look
+            like normalised data. None: guessed, (N, C) for a model that starts with a Linear layer. Needed
+            for sequences (N, L, C), where the code looks at shapes, and for the constants behind averages
+            over positions.
 
     Returns:
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
@@ -179,13 +183,18 @@ def convert(
         raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
     if not (filter_fn is None or callable(filter_fn)):
         raise TypeError(f"filter_fn must be a function of a module and its path, got {filter_fn!r}")
-    if type(model).__name__ in _WRAPPERS:
+    kind = type(model).__name__
+    if kind in tracing.WRAPPERS:
         raise ValueError(
-            f"model is wrapped in {type(model).__name__}: convert model.module, then wrap the result"
+            f"model is wrapped in {kind}: convert model.{tracing.WRAPPERS[kind]}, then wrap the result"
         )
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
+    known = {site.path for site in report.skipped}
+    for name, module in report.model.named_modules():
+        if tracing.is_batch_norm(module) and name not in known:
+            worker.skip(name, module, "it is inside a module whose code is not followed")
     if report.replaced:
         report.model.register_load_state_dict_pre_hook(_check_constants)
     if preserve:
@@ -252,7 +261,7 @@ def calibration(model: nn.Module, example: Any) -> tuple[Tensor, ...] | None:
         if not _is_data(x):
             generator = torch.Generator().manual_seed(0)
             x = torch.randn(max(_SAMPLES, len(x)), *x.shape[1:], generator=generator)
-        inputs.append(x.to(like.device, like.dtype))
+        inputs.append(x.to(like.device, like.dtype, copy=True))
     return tuple(inputs)
 
 
@@ -373,6 +382,10 @@ class Converter:
             self.report.notes.append(
                 f"forward() has no {', '.join(fixed)} (taken at the default); a tensor stays if example= has it"
             )
+        if left := sorted({name for graph in graphs.values() for name in graph.meta["left"]}):
+            self.report.notes.append(
+                f"forward() sets self.{', self.'.join(left)}, which the result does not"
+            )
         decided = sorted({path for graph in graphs.values() for path in graph.meta["decisions"]})
         if decided:
             self.report.notes.append(
@@ -407,9 +420,9 @@ class Converter:
             for layer in dict.fromkeys(m for twin in twins for m in twin.modules()):
                 if isinstance(layer, nn.modules.lazy.LazyModuleMixin) or tracing.is_parametrized(layer):
                     continue
-                if isinstance(layer, tracing.WEIGHT_LAYERS):
-                    weight = layer.weight
-                    weight.copy_(torch.randn(weight.shape, generator=generator))
+                for weight in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
+                    length = float(weight.float().square().mean().sqrt()) or 1.0
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * length)
             plans = [Rewriter(other, twin, prefix, noise, alone) for twin in twins]
             for plan in plans:
                 plan.flow.chance = {}

@@ -82,6 +82,7 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
         )
     expected = twin(*(x.clone() for x in inputs)) if inputs else None
     light = tracing.trace(twin, verify)
+    tracing.check_whole(light)
     lighten_(light, twin.modules())
     light.recompile()
     graph_module = tracing.trace(light, verify, _LEAVES)
@@ -483,9 +484,9 @@ class _Folder:
             gain = module.gain.double()
             scale, shift = gain * held.a, gain * held.b + module.bias.double()
             size = shape(source)
-            value = self.per_channel(
-                path, held.node, scale, shift, module, None if size is None else 1 - len(size)
-            )
+            known = size is not None and (self.sized or len(size) > 2)  # (N, C) may be a wrong guess
+            dim = 1 - len(size) if known and size is not None else None
+            value = self.per_channel(path, held.node, scale, shift, module, dim)
             self.values[node] = value
             y = self.value(node)
         else:

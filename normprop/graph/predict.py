@@ -68,7 +68,7 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
             f"predict reads the weights, and '{without[0]}' has no values (device meta): "
             "model.to_empty(device='cpu') and initialise it first"
         )
-    graph_module = tracing.trace(model, example)
+    graph_module = tracing.trace(tracing.copied(model, model.parameters()), example)
     return walk(graph_module).trace()
 
 
@@ -105,7 +105,13 @@ class Walk:
         sources = tensor_inputs(node)
         module = tracing.module_of(self.graph_module, node)
         if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
-            self.signals[node], self.factors[node] = self._without_rule(node), []
+            rows = module.weight if isinstance(module, nn.Embedding) else None
+            if rows is None or rows.is_meta or rows.numel() < 2:
+                self.signals[node] = self._without_rule(node)
+            else:
+                var, mean = torch.var_mean(rows.detach().double().cpu())
+                self.signals[node] = Signal.gaussian(float(mean), float(var.sqrt()))
+            self.factors[node] = []
             return
         if not inputs or (isinstance(value, Tensor) and not value.is_floating_point()) or _is_number(value):
             self.signals[node] = None
@@ -121,6 +127,7 @@ class Walk:
                 self.energies[n] * share for n, share in zip(kept, squares / squares.sum(), strict=True)
             )
         if node not in self.factors:
+            factors = [*factors, *[0.0] * (len(inputs) - len(factors))]
             self.factors[node] = list(zip(inputs, factors, strict=True))
 
     def _visit_end(self, node: fx.Node) -> None:
@@ -233,7 +240,8 @@ class Walk:
         if isinstance(module, nn.Upsample) or what in ("interpolate", "upsample"):
             self.notes[node] = "interpolation: variance taken as kept"
             return first, [1.0]
-        if len(inputs) == 1 and len(tensor_inputs(node)) == 1 and module is None:
+        alone = module is None or type(module).__module__ == "torch.nn.modules.activation"
+        if len(inputs) == 1 and len(tensor_inputs(node)) == 1 and alone:
             try:  # any other function that acts on each element alone
                 return self._elementwise(node, module, inputs[0])
             except Exception:

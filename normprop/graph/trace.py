@@ -10,10 +10,13 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,6 +56,12 @@ POOLS = {
         f"{adaptive.capitalize()}{kind.capitalize()}Pool{d}d",
         f"{adaptive}_{kind}_pool{d}d".strip("_"),
     )
+}
+WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
 }
 OURS = tuple(f"normprop.{name}" for name in ("modules", "merges", "pools", "data_norm", "activations"))
 
@@ -152,7 +161,8 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         before, self.evaluating = self.evaluating, True
         try:
-            return self._is_leaf(m, module_qualified_name)
+            with torch.random.fork_rng(devices=[]):
+                return self._is_leaf(m, module_qualified_name)
         finally:
             self.evaluating = before
 
@@ -214,7 +224,7 @@ class _Tracer(fx.Tracer):
         if self.shadow is not None:
             self.evaluating = True
             try:
-                with torch.no_grad():
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     node.meta["value"] = self._evaluate(node)
             except Exception as error:
                 node.meta["error"] = f"{type(error).__name__}: {error}"
@@ -289,11 +299,24 @@ def trace(
         model = model.graphs[model.training]  # type: ignore[index, operator, assignment]
     if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:
         model = nn.Sequential(model)
+    kind = type(model).__name__
+    if kind in WRAPPERS:
+        raise TraceError(f"model is wrapped in {kind}: pass model.{WRAPPERS[kind]}")
+    several = [
+        p.name
+        for p in inspect.signature(type(model).forward).parameters.values()
+        if p.kind is p.VAR_POSITIONAL
+    ]
+    if several and inputs is not None:
+        raise TraceError(f"forward takes *{several[0]}, any number of inputs: give each a name")
     before = set(vars(model))
     fixed = _defaults(model, inputs)
+    lost: set[str] = set()
+    left: set[str] = set()
     try:
         tracer = _Tracer(model, inputs, leaves)
         with (
+            _left_alone(model, lost, left),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
@@ -321,6 +344,8 @@ def trace(
     result.meta["decisions"] = sorted(tracer.decisions)
     result.meta["fixed"] = list(fixed)
     result.meta["contexts"] = sorted(tracer.contexts)
+    result.meta["left"] = sorted(left)
+    result.meta["lost"] = sorted(lost | _written_attributes(model, graph))
     result.meta["iterated"] = tracer.iterated
     for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
         path = str(node.target).rpartition(".")[0]
@@ -331,14 +356,90 @@ def trace(
     return result
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy.
+def check_whole(graph_module: fx.GraphModule) -> None:
+    """Raises TraceError if the code does what is not in its graph."""
+    if lost := graph_module.meta["lost"]:
+        raise TraceError(f"its forward {' and '.join(lost)}, which a graph does not keep")
+
+
+@contextmanager
+def _left_alone(model: nn.Module, lost: set[str], left: set[str]) -> Iterator[None]:
+    """What code that is traced does to its modules and to random numbers is undone.
+
+    Args:
+        model: The modules.
+        lost: Told what it did that its graph will not do.
+        left: Told which plain attributes it set to maps.
+    """
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (m, dict(vars(m)), {t: dict(getattr(m, t)) for t in tables}, _containers(m))
+        for m in model.modules()
+    ]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        for module, attributes, kept, containers in before:
+            for name, value in [*vars(module).items(), *module._buffers.items()]:
+                if isinstance(value, fx.Proxy) and name in kept["_buffers"]:
+                    lost.add(f"sets self.{name}")
+                elif isinstance(value, fx.Proxy):
+                    left.add(name)
+                if not (
+                    name.startswith("_tensor_constant") or name in attributes or name in kept["_buffers"]
+                ):
+                    vars(module).pop(name, None)
+            for name, value in attributes.items():
+                vars(module)[name] = value
+            for table, entries in kept.items():
+                own = getattr(module, table)
+                for name in set(own) - set(entries):
+                    del own[name]
+                own.update(entries)
+            for name, copied_one in containers.items():
+                now = vars(module)[name]
+                if len(now) != len(copied_one):
+                    now.clear()
+                    now.extend(copied_one) if isinstance(now, list) else now.update(copied_one)
+        drawn = not torch.equal(states[0], torch.get_rng_state()) or states[1] != random.getstate()
+        position = np.random.get_state()  # noqa: NPY002
+        if drawn or states[2][2] != position[2] or (states[2][1] != position[1]).any():  # type: ignore[index]
+            lost.add(
+                "draws random numbers that decide what it does (nn.Dropout and stochastic depth modules are kept)"
+            )
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])  # noqa: NPY002
+
+
+def _containers(module: nn.Module) -> dict[str, Any]:
+    """Copies of the lists, dicts and sets that a module holds."""
+    own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: copy.copy(value) for name, value in own.items() if type(value) in (list, dict, set)}
+
+
+def _written_attributes(model: nn.Module, graph: fx.Graph) -> set[str]:
+    """The tensors of the model's own that its code writes into."""
+    owned = {_storage(n) or id(n): n for n in graph.nodes if n.op == "get_attr"}
+    found = set()
+    for node in graph.nodes:
+        target = node.args[0] if node.args else None
+        if isinstance(target, fx.Node) and writes_in_place(model, node):
+            source = owned.get(_storage(target) or id(target))
+            if source is not None and not str(source.target).startswith("_tensor_constant"):
+                found.add(f"writes into self.{source.target}")
+    return found
+
+
+def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+    """A deep copy, but for the tensors that are to be shared.
 
     Raises:
         TraceError: If it holds a tensor that was computed, which torch does not copy.
     """
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
     except RuntimeError as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied, as it holds a tensor that was computed (old weight_norm or "
@@ -358,8 +459,9 @@ def by_mode(model: nn.Module, example: Any = None) -> dict[bool, fx.GraphModule]
     try:
         for mode in (True, False):
             graphs[mode] = trace(model.train(mode), example)
-            if lost := graphs[mode].meta["contexts"]:
-                raise TraceError(f"its forward uses {' and '.join(lost)}, which a graph does not keep")
+            if contexts := graphs[mode].meta["contexts"]:
+                raise TraceError(f"its forward uses {' and '.join(contexts)}, which a graph does not keep")
+            check_whole(graphs[mode])
             if example is None and graphs[mode].meta["iterated"]:
                 raise TraceError("its forward goes through its input one by one; pass example=")
     finally:
@@ -498,7 +600,7 @@ def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
             node.kwargs = {**node.kwargs, "inplace": False}
         if node.op == "call_function" and node.target in _IN_PLACE:
             node.target = _IN_PLACE[node.target]
-        elif writes_in_place(graph_module, node):
+        elif writes_in_place(graph_module, node) and not _fills(node):
             name = str(node.target) if node.op == "call_method" else node.target.__name__
             plain = name.removesuffix("_")
             home = next((m for m in (torch.nn.functional, torch) if hasattr(m, plain)), None)
@@ -506,6 +608,12 @@ def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
                 node.target = plain
             elif node.op == "call_function" and home is not None:
                 node.target = getattr(home, plain)
+
+
+def _fills(node: fx.Node) -> bool:
+    """Whether a node writes in place what has no out-of-place twin."""
+    home = getattr(node.target, "__module__", None) or ""
+    return node.target in ("requires_grad_", "bernoulli_") or home == "torch.nn.init"
 
 
 _IN_PLACE: dict[Any, Any] = {
