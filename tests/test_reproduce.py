@@ -124,12 +124,12 @@ def test_a_second_command_runs_only_what_is_missing(tmp_path, monkeypatch):
     first = reproduce("convergence", out=tmp_path, only="seed0", **DIGITS)
     assert first["status"] == "complete"
     more = reproduce("convergence", out=tmp_path, only="none,seed1", seeds=2, **DIGITS)
-    assert (more["status"], more["finished"], more["planned"]) == ("partial", 14, 23)
+    assert (more["status"], more["finished"], more["planned"]) == ("partial", 15, 24)
     assert [row for row in more["rows"] if row["seed"] == 0] == first["rows"]
     assert [row["norm"] for row in more["rows"] if row["seed"] == 1] == ["none"]
     monkeypatch.setattr("normprop.recipes.reproduce.load", lambda _: pytest.fail("nothing was missing"))
     again = reproduce("convergence", out=tmp_path, **DIGITS)
-    assert (again["status"], again["finished"], again["planned"]) == ("complete", 13, 13)
+    assert (again["status"], again["finished"], again["planned"]) == ("complete", 14, 14)
     assert again["rows"] == [*first["rows"], *(row for row in more["rows"] if row["seed"] == 1)]
 
 
