@@ -263,15 +263,15 @@ class Rewriter:
 
     def unify(self, chains: dict[fx.Node, _Chain]) -> None:
         """Shared modules: all calls alike, or each part by itself."""
+        local = functools.cache(self.local)
         groups: dict[str, list[_Chain]] = defaultdict(list)
         for node, chain in chains.items():
-            groups[self.local(node)].append(chain)
+            groups[local(node)].append(chain)
         for group in list(groups.values()):
-            kinds = {(self.local(c.norm) if c.norm else "", repr(c.activation)) for c in group}
-            shared = {self.local(c.norm) for c in group if c.norm}
+            kinds = {(local(c.norm) if c.norm else "", repr(c.activation)) for c in group}
+            shared = {local(c.norm) for c in group if c.norm}
             elsewhere = any(
-                c.norm is not None and self.local(c.norm) in shared and c not in group
-                for c in chains.values()
+                c.norm is not None and local(c.norm) in shared and c not in group for c in chains.values()
             )
             if len(kinds) == 1 and not elsewhere:
                 continue
