@@ -281,7 +281,6 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """The same model under several norms and batch sizes: a table, results.json and a figure."""
-
         from normprop.recipes.compare import compare as run_all
         from normprop.recipes.data import load
         from normprop.recipes.train import Run
@@ -332,7 +331,6 @@ if typer is not None:
 
         The same command goes on after a stop; what another process runs in the same folder is left to it.
         """
-
         from normprop.recipes.reproduce import reproduce as run_all
 
         console = _console(json)
@@ -370,7 +368,6 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """Time and memory of a training step as a ratio to no normalisation, contenders interleaved."""
-
         from normprop.recipes import InputError
         from normprop.recipes.bench import Case, bench as run_all
 

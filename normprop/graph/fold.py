@@ -484,8 +484,9 @@ class _Folder:
             gain = module.gain.double()
             scale, shift = gain * held.a, gain * held.b + module.bias.double()
             size = shape(source)
-            known = size is not None and (self.sized or len(size) > 2)  # (N, C) may be a wrong guess
-            dim = 1 - len(size) if known and size is not None else None
+            if size is not None and len(size) == 2 and not self.sized:
+                size = None  # (N, C) may be a wrong guess
+            dim = None if size is None else 1 - len(size)
             value = self.per_channel(path, held.node, scale, shift, module, dim)
             self.values[node] = value
             y = self.value(node)

@@ -386,16 +386,13 @@ def _left_alone(model: nn.Module, lost: set[str], left: set[str]) -> Iterator[No
                     lost.add(f"sets self.{name}")
                 elif isinstance(value, fx.Proxy):
                     left.add(name)
-                if not (
-                    name.startswith("_tensor_constant") or name in attributes or name in kept["_buffers"]
-                ):
-                    vars(module).pop(name, None)
-            for name, value in attributes.items():
-                vars(module)[name] = value
-            for table, entries in kept.items():
-                own = getattr(module, table)
+            for own, entries in [
+                (vars(module), attributes),
+                *((getattr(module, t), kept[t]) for t in tables),
+            ]:
                 for name in set(own) - set(entries):
-                    del own[name]
+                    if not name.startswith("_tensor_constant"):  # fx's, which the graph reads
+                        del own[name]
                 own.update(entries)
             for name, copied_one in containers.items():
                 now = vars(module)[name]
