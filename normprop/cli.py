@@ -357,7 +357,9 @@ if typer is not None:
         rules: Annotated[
             str, typer.Option(help="paper, recommended, separated by commas.")
         ] = "recommended",
-        modes: Annotated[str, typer.Option(help="eager, compiled, separated by commas.")] = "eager",
+        modes: Annotated[
+            str, typer.Option(help="eager, compiled, cudagraphs (on cuda), separated by commas.")
+        ] = "eager",
         layout: Annotated[str, typer.Option(help="channels_last or contiguous.")] = "channels_last",
         image: Annotated[int, typer.Option(help="Height and width of the images.")] = 32,
         rounds: Annotated[int, typer.Option(help="Timed rounds a case.")] = 20,
@@ -372,10 +374,22 @@ if typer is not None:
         from normprop.recipes.bench import Case, bench as run_all
 
         for mode in modes.split(","):
-            if mode not in ("eager", "compiled"):
-                raise InputError(f"--modes {mode}: expected eager, compiled or both")
+            if mode not in ("eager", "compiled", "cudagraphs"):
+                raise InputError(
+                    f"--modes {mode}: expected eager, compiled, cudagraphs, separated by commas"
+                )
         cases = [
-            Case(model, width, size, precision, mode == "compiled", layout, rule, image)
+            Case(
+                model,
+                width,
+                size,
+                precision,
+                mode != "eager",
+                layout,
+                rule,
+                image,
+                cudagraphs=mode == "cudagraphs",
+            )
             for mode in modes.split(",")
             for rule in rules.split(",")
             for precision in precisions.split(",")

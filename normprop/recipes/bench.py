@@ -59,6 +59,7 @@ class Case:
         rule: NormProp's: ``"paper"`` or ``"recommended"``.
         image: Height and width of the images, three channels.
         classes: Outputs.
+        cudagraphs: The compiled code replayed as CUDA graphs (``mode="reduce-overhead"``): Python waits for nobody.
     """
 
     model: str = "nin"
@@ -70,6 +71,7 @@ class Case:
     rule: str = "recommended"
     image: int = 32
     classes: int = 10
+    cudagraphs: bool = False
 
     def __post_init__(self) -> None:
         for name, option, known in (
@@ -79,6 +81,8 @@ class Case:
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
+        if self.cudagraphs and not self.compiled:
+            raise InputError("cudagraphs replays what is compiled: compiled=True")
         check_count("--batch-sizes", self.batch_size)
         check_count("--image", self.image)
 
@@ -136,9 +140,12 @@ class Contender:
             radius = Run(rule=case.rule, batch_size=case.batch_size).peak_radius
             normprop.attach_projection(self.optimizer, net, radius)
             normprop.scale_together(net)
-        self.run: nn.Module | Any = torch.compile(self.net) if case.compiled else self.net
+        mode = "reduce-overhead" if case.cudagraphs else None
+        self.run: nn.Module | Any = torch.compile(self.net, mode=mode) if case.compiled else self.net
 
     def loss(self, x: Tensor, y: Tensor, precision: str | None = None) -> tuple[Tensor, Tensor]:
+        if self.case.cudagraphs:
+            torch.compiler.cudagraph_mark_step_begin()  # no contender's graph follows another's
         low = (precision or self.case.precision) == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             output = self.run(x)
@@ -190,11 +197,14 @@ class Contender:
         size = sum(float(b.square().sum()) for _, b in pairs[1:])
         return max(outputs, (wrong / size) ** 0.5)
 
-    def memory(self, x: Tensor, y: Tensor) -> int:
+    def memory(self, x: Tensor, y: Tensor) -> int | None:
         """Bytes kept for backward; of parameters and what has a parameter's size nothing is counted.
 
-        On CUDA what the allocator's peak in a whole step adds to what lies there before it.
+        On CUDA what the allocator's peak in a whole step adds to what lies there before it; None with CUDA
+        graphs, which hold theirs all the time.
         """
+        if self.case.cudagraphs:
+            return None
         if self.device.type == "cuda":
             self.step(x, y)  # momentum and workspaces are there from now on
             torch.cuda.synchronize()
@@ -230,6 +240,13 @@ def _exact_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+@contextmanager
+def _all_compiled() -> Iterator[None]:
+    """Each contender compiles the same Python code anew; beyond torch's limit of 8 it would run it eagerly."""
+    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
+        yield
 
 
 def _now(device: torch.device) -> float:
@@ -325,8 +342,9 @@ def measure(
         rows[norm] |= {
             "ms": {"step": 1000 * statistics.median(total), **dict(zip(PHASES, medians, strict=True))},
             **paired(total, times["none"]),
-            "bytes_ratio": rows[norm]["bytes"] / rows["none"]["bytes"],
         }
+        kept, least = rows[norm]["bytes"], rows["none"]["bytes"]
+        rows[norm]["bytes_ratio"] = kept / least if kept is not None and least is not None else None
     return list(rows.values())
 
 
@@ -354,13 +372,16 @@ def bench(
         raise InputError(f"--device {device}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    if device == "cpu" and any(case.cudagraphs for case in cases):
+        raise InputError("--modes cudagraphs: needs --device cuda")
     check_count("--rounds", rounds)
     rows: list[Row] = []
     result = {"rows": rows, **environment()}
     with output_folder(out), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("bench", total=len(cases) * rounds)
         for case in cases:
-            rows += measure(case, norms, rounds, device, lambda: progress.advance(task))
+            with _all_compiled():
+                rows += measure(case, norms, rounds, device, lambda: progress.advance(task))
             write_json(out / "bench.json", result)
             torch.compiler.reset()
         plot(result, out / "bench.png")
@@ -377,7 +398,11 @@ def table(rows: Sequence[Row]) -> Table:
         view.add_column(column, justify="right")
     for row in rows:
         name = f"{row['model']} x{row['width']:g} {row['precision']} b{row['batch_size']} {row['rule']}"
-        name += " compiled" * row["compiled"] + " contiguous" * (row["layout"] == "contiguous")
+        name += (
+            " compiled" * row["compiled"]
+            + " CUDA graphs" * row["cudagraphs"]
+            + " contiguous" * (row["layout"] == "contiguous")
+        )
         if row["status"] != "ok":
             view.add_row(name, row["norm"], row["status"])
             continue
@@ -390,7 +415,7 @@ def table(rows: Sequence[Row]) -> Table:
             f"{row['ratio']:.3f}",
             f"{low:.3f}-{high:.3f}",
             *phases,
-            f"{row['bytes_ratio']:.3f}",
+            "-" if row["bytes_ratio"] is None else f"{row['bytes_ratio']:.3f}",
         )
     return view
 
@@ -400,7 +425,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     panels: dict[str, list[Row]] = {}
     for row in result["rows"]:
         if row["status"] == "ok":
-            mode = "compiled" if row["compiled"] else "eager"
+            mode = "CUDA graphs" if row["cudagraphs"] else "compiled" if row["compiled"] else "eager"
             key = f"{row['model']} x{row['width']:g}, {row['precision']}, {mode}, {row['rule']}"
             panels.setdefault(key, []).append(row)
     columns = min(3, max(1, len(panels)))
