@@ -43,9 +43,9 @@ VARIANTS: dict[str, tuple[str, normprop.NormRule | None]] = {
     "batch": ("batch", None),
 }
 COLORS = {
-    "second order": VARIANT_COLORS["normprop"],
+    "second order": VARIANT_COLORS["normprop, recommended, whitened"],
     "same rule, first order": VARIANT_COLORS["group"],
-    "recommended": VARIANT_COLORS["normprop, paper"],
+    "recommended": VARIANT_COLORS["normprop, recommended"],
     "batch": VARIANT_COLORS["batch"],
 }
 SHARED = {

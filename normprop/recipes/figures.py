@@ -28,6 +28,7 @@ VARIANT_COLORS = {
     "batch, orthogonal": "#2d6a4f",
     "normprop, paper, step .08": "#c2185b",
 }
+CUT = 10.0  # of hidden means: what diverged would hide all else
 # Test error in percent, by data set and flips: Arpit et al. 2016, table 1.
 PAPER_ERRORS = {
     ("cifar10", False): {"normprop, paper": 9.11, "batch": 9.41},
@@ -40,7 +41,12 @@ PAPER_ERRORS = {
 
 def _title(result: Row, note: str = "") -> str:
     """Which protocol, on what, how much of it is there."""
-    state = "" if result["status"] == "complete" else f", {result['finished']} of {result['planned']} runs"
+    state = ""
+    if result["status"] != "complete":
+        begun = sum(row["status"] == "partial" for row in result["rows"])
+        state = f", {result['finished']} of {result['planned']} runs" + f", {begun} more begun" * bool(
+            begun
+        )
     return f"{result['dataset']}, {result['protocol']} protocol{state}" + (f"\n{note}" if note else "")
 
 
@@ -149,18 +155,21 @@ def hidden_mean(result: Row, path: Path) -> None:
             for axis in axes[:, column]:
                 axis.xaxis.get_major_locator().set_params(integer=True)
         bounds = [axis.get_ylim() for axis in axes[0]]
-        limit = min(4.0, max(abs(end) for pair in bounds for end in pair))
+        limit = min(CUT, max(abs(end) for pair in bounds for end in pair))
         for axis in axes[0]:
             axis.set_ylim(-limit, limit)
             axis.axhline(0, color="black", linewidth=0.8)
-        top = min(4.0, max(axis.get_ylim()[1] for axis in axes[1]))
+        top = min(CUT, max(axis.get_ylim()[1] for axis in axes[1]))
         for axis in axes[1]:
             axis.set_ylim(0, top)
         axes[0, 0].set_ylabel("mean of one unit (seed 0)")
         axes[1, 0].set_ylabel("|mean|, average over units")
         axes[0, -1].legend(frameon=False, fontsize=7, ncols=2)
         figure.suptitle(
-            _title(result, "means of hidden layers' inputs, 1,000 training images, eval mode"), fontsize=10
+            _title(
+                result, f"means of hidden layers' inputs (to {CUT:g}), 1,000 training images, eval mode"
+            ),
+            fontsize=10,
         )
 
 
