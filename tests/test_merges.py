@@ -551,6 +551,8 @@ def test_compiles_whole_and_exports(build, inputs):
     ids=repr,
 )
 def test_exports_with_free_sizes(layer):
+    if torch.__version__.startswith("2.11.") and getattr(layer, "stride", None) is not None:
+        pytest.skip("torch 2.11 exports its own pools with stride 2 for odd or for even sizes alone")
     net = Net(layer, 1).eval()
     sizes = {dim: torch.export.Dim(f"size{dim}", min=6, max=64) for dim in (2, 3)}
     x, other = randn(2, 4, 11, 13, dtype=torch.float32), randn(2, 4, 18, 7, dtype=torch.float32)
