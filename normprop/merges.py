@@ -572,12 +572,14 @@ class ShiftedReLU(nn.Module):
 def keep_in_state_dict(module: nn.Module, *names: str) -> None:
     """Numbers that were measured go with the weights: the state dict's ``constants``, float64.
 
+    The module's own ``constants`` are their names: distributed checkpoints look for an attribute behind every key.
+
     Args:
         module: Any module of ours.
         names: Its attributes, numbers or tuples of numbers.
     """
-    before: tuple[str, ...] = getattr(module, "kept", ())
-    module.kept = tuple(sorted({*before, *names}))  # type: ignore[assignment]
+    before: tuple[str, ...] = getattr(module, "constants", ())
+    module.constants = tuple(sorted({*before, *names}))  # type: ignore[assignment]
     if before:
         return
     module.register_state_dict_post_hook(_save_constants)
@@ -590,7 +592,7 @@ def _save_constants(module: Any, state: dict[str, Any], prefix: str, _: Any) -> 
 
 def _constants(module: Any) -> list[float]:
     """The numbers that go with the weights, one after another."""
-    values = (getattr(module, name) for name in module.kept)
+    values = (getattr(module, name) for name in module.constants)
     return [number for v in values for number in (v if isinstance(v, tuple) else (v,))]
 
 
@@ -611,11 +613,11 @@ def _load_constants(
     wanted = len(_constants(module))
     if constants.numel() != wanted:
         errors.append(
-            f"{prefix}constants: expected {wanted} ({', '.join(module.kept)}), got {constants.numel()}"
+            f"{prefix}constants: expected {wanted} ({', '.join(module.constants)}), got {constants.numel()}"
         )
         return
     numbers = iter(constants.tolist())
-    for name in module.kept:
+    for name in module.constants:
         old = getattr(module, name)
         new = tuple(next(numbers) for _ in old) if isinstance(old, tuple) else next(numbers)
         setattr(module, name, new)

@@ -103,7 +103,7 @@ def test_no_such_device(tmp_path):
             bench([SMALL], [], 1, "cuda", tmp_path / "out", QUIET)
     with pytest.raises(InputError, match="--rounds 0"):
         bench([SMALL], [], 0, "cpu", tmp_path / "out", QUIET)
+    graphs = dataclasses.replace(SMALL, compiled=True, cudagraphs=True)
     with pytest.raises(InputError, match="--modes cudagraphs: needs --device cuda"):
-        graphs = dataclasses.replace(SMALL, compiled=True, cudagraphs=True)
         bench([graphs], [], 1, "cpu", tmp_path / "out", QUIET)
     assert not (tmp_path / "out").exists()

@@ -995,7 +995,7 @@ def test_the_constants_go_with_the_state_dict(monkeypatch):
     for module in other.modules():
         if isinstance(module, normprop.RectifiedSum):
             module.low, module.ratio = 7.0, 3.0
-        elif "factor" in getattr(module, "kept", ()):
+        elif "factor" in getattr(module, "constants", ()):
             module.factor = 5.0
     x = randn(2, 3, 12, 12, seed=5)
     assert not torch.allclose(one(x), other(x))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from code_model import Code
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -730,3 +731,125 @@ def test_keys_do_not_depend_on_parameters_of_other_kinds():
         torch.manual_seed(seed)
         keys.add(tuple(convert(Attention(), example=torch.randn(4, 3, 16, 16)).model.state_dict()))
     assert len(keys) == 1
+
+
+class Sized(nn.Module):
+    """Ends with a pool over the whole map, as the map's size says."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU())
+        self.head, self.pool = nn.Linear(16, 4), pool
+
+    def forward(self, x):
+        return self.head(self.pool(self.body(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: F.avg_pool2d(x, x.size()[3]),
+        lambda x: F.avg_pool2d(x, kernel_size=x.size()[2:]),
+        lambda x: F.avg_pool2d(x, (x.size(2), x.shape[3])),
+        lambda x: F.max_pool2d(x, x.size(3)),
+        lambda x: F.adaptive_avg_pool2d(x, (x.size(2) // 14, 1)),
+    ],
+)
+def test_a_pool_of_the_maps_own_size(pool):
+    x = torch.randn(8, 3, 16, 16)
+    model = Sized(pool)
+    assert "no rule" not in str(normprop.predict(model, x))
+    converted = normprop.convert(model, example=x).model
+    normprop.fold(converted, verify=x)
+    seen = []
+    converted.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    converted(torch.randn(256, 3, 16, 16))
+    assert 0.7 < seen[0].std() < 1.4
+    if pool(torch.ones(1, 1, 20, 20)).shape[2:] == (1, 1):
+        assert converted(torch.randn(2, 3, 20, 20)).shape == (2, 4)
+
+
+def test_inputs_that_are_no_numbers_keep_the_measured_constants():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torchvision.models.mobilenet_v3_small(num_classes=4)
+            self.kinds = nn.Embedding(10, 4)
+
+        def forward(self, x, kind=None, **options):
+            y = self.net(x)
+            return y if kind is None else y + self.kinds(kind)
+
+    x, kind = torch.randn(2, 3, 64, 64), torch.tensor([3, 5])
+    counts = []
+    for example in (x, (x, kind), (torch.empty(2, 3, 64, 64, device="meta"), kind)):
+        torch.manual_seed(0)
+        conversion = normprop.convert(Net(), example=example)
+        assert not any("by formula alone" in note for note in conversion.notes)
+        counts.append(sum(name.endswith("constants") for name in conversion.model.state_dict()))
+    assert min(counts) == max(counts) > 20  # 15 without
+
+
+def test_noise_and_data_have_as_many_samples():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.b = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.ReLU())
+            self.head = nn.Linear(16, 2)
+
+        def forward(self, image, table):
+            return self.head(torch.cat([self.a(image).mean((2, 3)), self.b(table)], 1))
+
+    torch.manual_seed(0)
+    for table in (torch.zeros(4, 5), torch.randn(4, 5)):
+        assert normprop.convert(Net(), example=(torch.randn(4, 3, 16, 16), table)).notes == []
+
+
+def test_what_is_lost_is_noted():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout())
+            self.head = self.last = nn.Linear(8, 2)
+
+        def train(self, mode=True):
+            super().train(mode)
+            self.body.eval()
+            return self
+
+        def forward(self, x):
+            return self.last(self.body(x).mean((2, 3)))
+
+    notes = normprop.convert(Net()).notes
+    assert (
+        "second names of modules are lost: last" in notes
+        or "second names of modules are lost: head" in notes
+    )
+    assert "the result computes forward() alone; it has no train() of its own" in notes
+
+
+@pytest.mark.parametrize("preserve", [False, True])
+def test_lazy_modules_are_run_first(preserve):
+    for layers in ([nn.LazyConv2d(8, 3), nn.BatchNorm2d(8)], [nn.Conv2d(3, 8, 3), nn.LazyBatchNorm2d()]):
+        model = nn.Sequential(*layers, nn.ReLU())
+        with pytest.raises(ValueError, match="has no weights yet: run the model once, then convert it"):
+            normprop.convert(model, preserve=preserve)
+        model(torch.randn(2, 3, 8, 8))
+        assert normprop.convert(model, preserve=preserve, strict=True).replaced
+
+
+def test_distributed_checkpoints_hold_the_constants():
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    one, other = (
+        normprop.convert(
+            torchvision.models.mobilenet_v3_small(num_classes=4), example=torch.zeros(1, 3, 64, 64)
+        ).model
+        for _ in range(2)
+    )
+    state = get_model_state_dict(one)
+    assert any(name.endswith(".constants") for name in state)
+    set_model_state_dict(other, state)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(other.eval()(x), one.eval()(x))

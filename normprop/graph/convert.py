@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, distributed as dist, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
@@ -188,6 +189,11 @@ def convert(
         raise ValueError(
             f"model is wrapped in {kind}: convert model.{tracing.WRAPPERS[kind]}, then wrap the result"
         )
+    for name, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ValueError(
+                f"'{name}' ({type(module).__name__}) has no weights yet: run the model once, then convert it"
+            )
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
@@ -205,6 +211,14 @@ def convert(
         report.notes.append("no BatchNorm layer found: nothing to convert")
     if lost := _lost_methods(model, report.model):
         report.notes.append(f"the result computes forward() alone; it has no {', '.join(lost)}")
+    if lost := _lost_names(model, report.model):
+        report.notes.append(f"second names of modules are lost: {', '.join(lost)}")
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and any(getattr(module, "constants", ()) for module in report.model.modules()):
+        report.notes.append(
+            "constants were measured on this rank's weights, for which DDP puts rank 0's: seed all ranks alike "
+            "before the model is built, or load rank 0's state dict"
+        )
     report._handover.update(worker.handover())
     if strict and report.skipped:
         reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
@@ -226,7 +240,7 @@ def _check_constants(
 
     One without any constants may be part of a model; torch says what is missing, if that is asked for.
     """
-    own = {f"{prefix}{name}.constants" for name, m in module.named_modules() if getattr(m, "kept", ())}
+    own = {f"{prefix}{name}.constants" for name, m in module.named_modules() if getattr(m, "constants", ())}
     given = {key for key in state if key.startswith(prefix) and key.endswith(".constants")}
     if given and own != given:
         errors.append(
@@ -236,32 +250,60 @@ def _check_constants(
 
 
 def _lost_methods(model: nn.Module, result: nn.Module) -> list[str]:
-    """Public methods of the model's own classes that the result has not."""
+    """Public methods of the model's own classes that the result has not, its own ``train()`` among them."""
     own = (cls for cls in type(model).__mro__ if not cls.__module__.startswith("torch."))
     found = {name for cls in own for name, value in vars(cls).items() if callable(value)}
-    return sorted(name for name in found if not name.startswith("_") and not hasattr(result, name))
+    of_all = {"forward", "extra_repr"}
+    return sorted(
+        f"{name}() of its own" if name in vars(nn.Module) else name
+        for name in found - of_all
+        if not name.startswith("_")
+        and getattr(type(result), name, None) is not getattr(type(model), name)
+        and (name in vars(nn.Module) or not hasattr(result, name))
+    )
+
+
+def _lost_names(model: nn.Module, result: nn.Module) -> list[str]:
+    """Paths under which the model has a module for the second time, and the result has none."""
+    paths: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(name)
+    here = {name for name, _ in result.named_modules(remove_duplicate=False)}
+    lost = {name for names in paths.values() if here & {*names} for name in names if name not in here}
+    return sorted(name for name in lost if name.rpartition(".")[0] not in lost)
 
 
 def calibration(model: nn.Module, example: Any) -> tuple[Tensor, ...] | None:
     """What fresh conversion runs once, for the constants that formulas cannot give.
 
     The example's values if they look like normalised data (mean within 0.5, std in [0.5, 2],
-    neighbours alike), else Gaussian noise of its shape, or of the guessed one; None for a model
-    without data.
+    neighbours alike) or are no floating-point numbers, else Gaussian noise of its shape, or of the
+    guessed one; None for a model without data.
     """
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if like is None or like.is_meta:
         return None
     if example is None:
         example = tracing.guess_example(model)
+    given = example if isinstance(example, tuple) else (example,)
+    if not all(isinstance(x, Tensor) and x.ndim for x in given):
+        return None
+    kept = [not x.is_floating_point() or _is_data(x) for x in given]
+    if any(keep and not len(x) for x, keep in zip(given, kept, strict=True)):
+        return None
+    sizes = {len(x) for x in given}
+    # More samples than the example's say more; where some inputs are the example's own, these are repeated.
+    times = 1 if all(kept) or len(sizes) > 1 else -(-_SAMPLES // max(1, *sizes))
     inputs = []
-    for x in example if isinstance(example, tuple) else (example,):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            return None
-        if not _is_data(x):
+    for x, keep in zip(given, kept, strict=True):
+        if not keep:
             generator = torch.Generator().manual_seed(0)
-            x = torch.randn(max(_SAMPLES, len(x)), *x.shape[1:], generator=generator)
-        inputs.append(x.to(like.device, like.dtype, copy=True))
+            count = max(_SAMPLES, len(x)) if not any(kept) else times * len(x)
+            x = torch.randn(count, *x.shape[1:], generator=generator)
+        elif times > 1:
+            x = x.repeat(times, *[1] * (x.ndim - 1))
+        x = torch.zeros_like(x, device="cpu") if x.is_meta else x
+        inputs.append(x.to(like.device, like.dtype if x.is_floating_point() else x.dtype, copy=True))
     return tuple(inputs)
 
 
@@ -414,11 +456,16 @@ class Converter:
         other.report = Conversion(self.source, [], [])
         other.new, other.pools, other.absorbed, other.moved = {}, {}, set(), {}
         generator = torch.Generator().manual_seed(0)
-        noise = tuple(torch.randn(_REHEARSAL, *x.shape[1:], generator=generator).to(x) for x in inputs)
+        noise = tuple(
+            torch.randn(_REHEARSAL, *x.shape[1:], generator=generator).to(x)
+            if x.is_floating_point()
+            else x[torch.arange(_REHEARSAL) % len(x)]
+            for x in inputs
+        )
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             twins = copy.deepcopy(list(graphs.values()))
             for layer in dict.fromkeys(m for twin in twins for m in twin.modules()):
-                if isinstance(layer, nn.modules.lazy.LazyModuleMixin) or tracing.is_parametrized(layer):
+                if tracing.is_parametrized(layer):
                     continue
                 for weight in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
                     length = float(weight.float().square().mean().sqrt()) or 1.0

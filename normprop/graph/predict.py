@@ -184,7 +184,7 @@ class Walk:
             self._check_correlation(node, inputs)
             parts = [self._signal(n) for n in inputs]
             # A conversion measured the trunk's std; a lightened sum's stds, kept with its weights, undo their scale.
-            if getattr(module, "kept", ()) == ("stds",) and parts[0].std > 0:
+            if getattr(module, "constants", ()) == ("stds",) and parts[0].std > 0:
                 parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
             return self._sum(parts, module.factors)
         if module is not None and hasattr(module, "propagate"):
@@ -408,7 +408,7 @@ class Walk:
                 place * slopes if place.shape == slopes.shape else slopes
             )
         result, passing, slope = through_channels(z.values, z.weights, std, mean, finish, length)
-        if "standard" in getattr(layer, "kept", ()):  # its constants were measured
+        if "standard" in getattr(layer, "constants", ()):  # its constants were measured
             result = result.standardized()
         if transposed:
             self.evens[node] = 0.0  # not followed
@@ -484,7 +484,10 @@ class Walk:
         else:
             size: Any = getattr(module, "kernel_size", node.kwargs.get("kernel_size", 1))
             size = node.args[1] if module is None and len(node.args) > 1 else size
-            count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
+            if tracing.has_node(size):  # made of the map's own size
+                count = math.prod(before) // max(1, math.prod(after)) if before and after else _GLOBAL
+            else:
+                count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
         if count == 1:
             return signal, [1.0]
         self.evens[node] = float(kind == "avg")

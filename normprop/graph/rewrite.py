@@ -103,7 +103,9 @@ class Flow:
         assert self.inputs is not None
         if node.op == "placeholder":
             self.count += 1
-            return self.inputs[self.count - 1] if self.count <= len(self.inputs) else node.args[0]
+            if self.count <= len(self.inputs):
+                return self.inputs[self.count - 1]
+            return node.args[0] if node.args else {} if str(node.target).startswith("**") else ()
         if node.op == "get_attr":
             path, _, name = str(node.target).rpartition(".")
             return getattr(self.graph_module.get_submodule(path), name)
@@ -295,9 +297,6 @@ class Rewriter:
             return "parametrized"
         if self.filtered(layer, path):
             return "filtered"
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-            self.owner.skip(self.path(path), layer, "it has no weight yet; run the model once")
-            return "lazy"
         return ""
 
     def norm_reason(self, node: fx.Node) -> str | None:
@@ -316,9 +315,7 @@ class Rewriter:
         if self.filtered(norm, path):
             self.owner.skip(self.path(path), norm, "filter_fn returned False")
             return "filtered"
-        if isinstance(norm, nn.modules.lazy.LazyModuleMixin):
-            reason = "it has no statistics yet; run the model once"
-        elif not known:
+        if not known:
             reason = f"{type(norm).__name__} has a forward of its own; use torch's BatchNorm"
         elif self.preserve and norm.running_mean is None:
             reason = "it keeps no running statistics, so eval mode is not a fixed function; convert without preserve"
@@ -871,7 +868,7 @@ def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | N
     else:
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     if given.pop("return_indices", False) or any(
-        isinstance(v, fx.Node) for n, v in given.items() if n != "input"
+        tracing.has_node(v) for n, v in given.items() if n != "input"
     ):
         return None
     options = {n: value for n, value in given.items() if n not in ("input", "inplace")}

@@ -812,6 +812,13 @@ def is_parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or "weight" not in module._parameters
 
 
+def has_node(value: Any) -> bool:
+    """Whether an argument, or a part of it, is computed in the graph."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    return bool(found)
+
+
 def shape(node: Any) -> tuple[int, ...] | None:
     """The shape that the example gives a node's tensor; None if unknown."""
     value = node.meta.get("value") if isinstance(node, fx.Node) else None
