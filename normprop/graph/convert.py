@@ -190,7 +190,7 @@ def convert(
             f"model is wrapped in {kind}: convert model.{tracing.WRAPPERS[kind]}, then wrap the result"
         )
     for name, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) has no weights yet: run the model once, then convert it"
             )
