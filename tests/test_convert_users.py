@@ -853,3 +853,18 @@ def test_distributed_checkpoints_hold_the_constants():
     set_model_state_dict(other, state)
     x = torch.randn(2, 3, 64, 64)
     assert torch.equal(other.eval()(x), one.eval()(x))
+
+
+def test_a_weight_that_forward_reads_too_is_noted():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.norm = nn.Linear(12, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return F.linear(F.relu(self.norm(self.encoder(x))), self.encoder.weight.t())
+
+    for preserve in (False, True):
+        notes = normprop.convert(Tied(), preserve=preserve, example=torch.randn(4, 12)).notes
+        assert any(note.startswith("forward() itself reads encoder.weight: projection") for note in notes)
+    assert not any("reads" in note for note in normprop.convert(torchvision.models.resnet18()).notes)

@@ -22,7 +22,7 @@ from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.rewrite import Rewriter
 from normprop.graph.trace import TraceError, below, has, place
-from normprop.modules import check_model
+from normprop.modules import NormPropLayer, check_model
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _REHEARSAL = 4  # the same where only decisions are taken
@@ -213,6 +213,11 @@ def convert(
         report.notes.append(f"the result computes forward() alone; it has no {', '.join(lost)}")
     if lost := _lost_names(model, report.model):
         report.notes.append(f"second names of modules are lost: {', '.join(lost)}")
+    if read := _read_elsewhere(report.model):
+        report.notes.append(
+            f"forward() itself reads {', '.join(read)}: projection and trust region, which rescale a layer's rows, "
+            "change what is computed there"
+        )
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and any(getattr(module, "constants", ()) for module in report.model.modules()):
         report.notes.append(
@@ -261,6 +266,16 @@ def _lost_methods(model: nn.Module, result: nn.Module) -> list[str]:
         and getattr(type(result), name, None) is not getattr(type(model), name)
         and (name in vars(nn.Module) or not hasattr(result, name))
     )
+
+
+def _read_elsewhere(result: nn.Module) -> list[str]:
+    """Weights of NormProp layers that the code of a graph reads too."""
+    weights = {id(m.weight) for m in result.modules() if isinstance(m, NormPropLayer)}
+    graphs = [*getattr(result, "graphs", {}).values(), *result.modules()]
+    nodes = [node for g in graphs if isinstance(g, fx.GraphModule) for node in g.graph.nodes]
+    read = {str(node.target) for node in nodes if node.op == "get_attr" and node.users}
+    named = dict(result.named_parameters(remove_duplicate=False))
+    return sorted(name for name in read if id(named.get(name)) in weights)
 
 
 def _lost_names(model: nn.Module, result: nn.Module) -> list[str]:
