@@ -242,13 +242,6 @@ def _exact_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-@contextmanager
-def _all_compiled() -> Iterator[None]:
-    """Each contender compiles the same Python code anew; beyond torch's limit of 8 it would run it eagerly."""
-    with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
-        yield
-
-
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -343,8 +336,8 @@ def measure(
             "ms": {"step": 1000 * statistics.median(total), **dict(zip(PHASES, medians, strict=True))},
             **paired(total, times["none"]),
         }
-        kept, least = rows[norm]["bytes"], rows["none"]["bytes"]
-        rows[norm]["bytes_ratio"] = kept / least if kept is not None and least is not None else None
+        kept = rows[norm]["bytes"]
+        rows[norm]["bytes_ratio"] = None if kept is None else kept / rows["none"]["bytes"]
     return list(rows.values())
 
 
@@ -380,7 +373,8 @@ def bench(
     with output_folder(out), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("bench", total=len(cases) * rounds)
         for case in cases:
-            with _all_compiled():
+            # Each contender compiles the same Python code anew; beyond torch's limit of 8 it would run eagerly.
+            with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
                 rows += measure(case, norms, rounds, device, lambda: progress.advance(task))
             write_json(out / "bench.json", result)
             torch.compiler.reset()

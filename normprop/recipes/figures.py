@@ -43,10 +43,9 @@ def _title(result: Row, note: str = "") -> str:
     """Which protocol, on what, how much of it is there."""
     state = ""
     if result["status"] != "complete":
-        begun = sum(row["status"] == "partial" for row in result["rows"])
-        state = f", {result['finished']} of {result['planned']} runs" + f", {begun} more begun" * bool(
-            begun
-        )
+        state = f", {result['finished']} of {result['planned']} runs"
+        if begun := sum(row["status"] == "partial" for row in result["rows"]):
+            state += f", {begun} more begun"
     return f"{result['dataset']}, {result['protocol']} protocol{state}" + (f"\n{note}" if note else "")
 
 
