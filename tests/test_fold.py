@@ -724,3 +724,91 @@ def test_wrapped_models_name_what_to_pass(call):
     wrapped = nn.DataParallel(nn.Sequential(NormPropLinear(3, 2)))
     with pytest.raises(normprop.TraceError, match=r"model is wrapped in DataParallel: pass model\.module"):
         call(wrapped)
+
+
+# --- code that torch.fx cannot follow ------------------------------------------------------------
+
+
+class ByList(nn.Module):
+    """Layers called by a list, each told by an attribute what it reads; the way that detectors are written."""
+
+    def __init__(self):
+        super().__init__()
+        down = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.SiLU())
+        moded = Code(
+            lambda self, x: self.a(x) if self.training else 2 * self.a(x), a=copy.deepcopy(down[:2])
+        )
+        self.parts = nn.ModuleList([down, moded, nn.Sequential(nn.Conv2d(16, 4, 1), nn.BatchNorm2d(4))])
+        for part, reads in zip(self.parts, ([-1], [-1], [0, 1]), strict=True):
+            part.reads = reads
+        self.calls = 0
+
+    def forward(self, *images):
+        self.calls += 1
+        maps, (x,) = [], images
+        for part in self.parts:
+            given = [maps[i] if i >= 0 else x for i in part.reads]
+            maps.append(part(torch.cat(given, 1) if len(given) > 1 else given[0]))
+        return maps[-1]
+
+
+@pytest.mark.parametrize("verified", [False, True])
+@pytest.mark.parametrize("preserve", [False, True])
+def test_where_code_cannot_be_followed_its_parts_are_folded(preserve, verified):
+    source, x = ByList().double(), randn(2, 3, 9, 9)
+    model = convert(source, preserve=preserve).model
+    folded = copy.deepcopy(fold(model, verify=x if verified else None))
+    assert not ours(folded)
+    assert folded.calls == model.calls == 0
+    torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def ours(model):
+    return [type(m).__name__ for m in model.modules() if type(m).__module__.startswith("normprop")]
+
+
+def test_layers_called_by_such_code_are_folded_one_by_one():
+    norm = GlobalDataNorm.fit(randn(50, 3))
+    hidden = nn.Sequential(NormPropLinear(3, 8, activation="gelu"), NormPropLinear(8, 8))
+    layers = nn.ModuleList(
+        [norm, hidden, NormalizedActivation("silu", 8), NormPropLinear(8, 2, activation=None)]
+    )
+
+    def body(self, x):
+        if float(x.sum()) > 1e9:
+            return x
+        for layer in self.layers:
+            x = layer(x)
+        return x, self.layers[3].in_features
+
+    model, x = Code(body, layers=layers).double(), randn(4, 3)
+    folded = fold(model)
+    assert not ours(folded)
+    assert folded(x)[1] == 8
+    torch.testing.assert_close(folded(x)[0], model(x)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_folded_by_itself_is_named():
+    def body(self, x):
+        return self.join(x, x) if float(x.sum()) < 1e9 else x
+
+    class Own(NormPropLinear):
+        def forward(self, x):
+            return super().forward(x + 1)
+
+    with pytest.raises(FoldError, match=r"join \(NormalizedAdd\) cannot be folded by itself"):
+        fold(Code(body, join=NormalizedAdd()))
+    with pytest.raises(normprop.TraceError, match="Own gives a NormProp layer a forward of its own"):
+        fold(Code(lambda self, x: self.a(x) if float(x.sum()) < 1e9 else x, a=Own(3, 2)))
+    for model in (nn.Sequential(Own(3, 2)), Own(3, 2)):
+        with pytest.raises(normprop.TraceError, match="Own gives a NormProp layer a forward of its own"):
+            fold(model)
+
+
+def test_deep_copies_of_a_conversion_keep_plain_attributes():
+    source = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    source.names = ["cat", "dog"]
+    twin = copy.deepcopy(convert(source).model)
+    assert twin.names == ["cat", "dog"]
+    twin.names.append("bird")
+    assert source.names == ["cat", "dog"]

@@ -26,6 +26,7 @@ from normprop.modules import NormPropLayer, check_model
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
 _REHEARSAL = 4  # the same where only decisions are taken
+_ELEMENTS = 10_000_000  # of an input of large images or volumes, which say as much with fewer samples
 
 
 class ConversionError(ValueError):
@@ -210,9 +211,9 @@ def convert(
     if not (worker.norms_seen or report.skipped):
         report.notes.append("no BatchNorm layer found: nothing to convert")
     if lost := _lost_methods(model, report.model):
-        report.notes.append(f"the result computes forward() alone; it has no {', '.join(lost)}")
+        report.notes.append(f"the result computes forward() alone; it has no {_listed(lost)}")
     if lost := _lost_names(model, report.model):
-        report.notes.append(f"second names of modules are lost: {', '.join(lost)}")
+        report.notes.append(f"second names of modules are lost: {_listed(lost)}")
     if read := _read_elsewhere(report.model):
         report.notes.append(
             f"forward() itself reads {', '.join(read)}: projection and trust region, which rescale a layer's rows, "
@@ -252,6 +253,10 @@ def _check_constants(
             f"{min(own ^ given)} is in one and not in the other: the state dict is of another conversion. "
             "Convert the same model with the same example=, or save it whole: torch.save(model, path)"
         )
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _lost_methods(model: nn.Module, result: nn.Module) -> list[str]:
@@ -307,13 +312,15 @@ def calibration(model: nn.Module, example: Any) -> tuple[Tensor, ...] | None:
     if any(keep and not len(x) for x, keep in zip(given, kept, strict=True)):
         return None
     sizes = {len(x) for x in given}
+    largest = max(x[:1].numel() for x in given)
+    wanted = min(_SAMPLES, max(_REHEARSAL, _ELEMENTS // max(1, largest)))
     # More samples than the example's say more; where some inputs are the example's own, these are repeated.
-    times = 1 if all(kept) or len(sizes) > 1 else -(-_SAMPLES // max(1, *sizes))
+    times = 1 if all(kept) or len(sizes) > 1 else -(-wanted // max(1, *sizes))
     inputs = []
     for x, keep in zip(given, kept, strict=True):
         if not keep:
             generator = torch.Generator().manual_seed(0)
-            count = max(_SAMPLES, len(x)) if not any(kept) else times * len(x)
+            count = max(wanted, len(x)) if not any(kept) else times * len(x)
             x = torch.randn(count, *x.shape[1:], generator=generator)
         elif times > 1:
             x = x.repeat(times, *[1] * (x.ndim - 1))
@@ -431,7 +438,9 @@ class Converter:
         try:
             graphs = tracing.by_mode(part, example)
         except TraceError as error:
-            return self.convert_children(part, prefix, str(error), self.calls_within(part, example))
+            inputs = calibration(part, example)
+            calls = None if inputs is None else tracing.calls_within(part, inputs)
+            return self.convert_children(part, prefix, str(error), calls)
         inputs = None if self.preserve else calibration(part, example)
         part.eval()
         fixed = next(iter(graphs.values())).meta["fixed"]
@@ -490,33 +499,6 @@ class Converter:
                 plan.flow.chance = {}
                 plan.run()
         return [None if plan.flow.failure else plan.decided for plan in plans]
-
-    def calls_within(self, part: nn.Module, example: Any) -> dict[nn.Module, Any] | None:
-        """With what each module in a part is called: tensors, or None if that is no plain call of tensors.
-
-        Returns:
-            The modules that are called; None if the part does not run on the example, or on a guessed one.
-        """
-        calls: dict[nn.Module, Any] = {}
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            plain = not kwargs and all(isinstance(x, Tensor) for x in args)
-            calls.setdefault(module, tuple(x.clone() for x in args) if plain else None)
-
-        inputs = calibration(part, example)
-        if inputs is None:
-            return None
-        twin = copy.deepcopy(part).eval()
-        source = dict(zip(twin.modules(), part.modules(), strict=True))
-        for module in twin.modules():
-            if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
-                module.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                twin(*inputs)
-        except Exception:
-            return None
-        return {source[module]: args for module, args in calls.items()}
 
     def convert_children(
         self, part: nn.Module, prefix: str, reason: str, calls: dict[nn.Module, Any] | None
@@ -578,9 +560,7 @@ class Converter:
                     if value is not None and not hasattr(holder, key):
                         getattr(holder, table)[key] = value
             holder._non_persistent_buffers_set |= module._non_persistent_buffers_set & set(holder._buffers)
-        for name, value in vars(part).items():
-            if not (name.startswith("_") or name in vars(result) or hasattr(fx.GraphModule, name)):
-                setattr(result, name, value)
+        tracing.keep_attributes(part, result)
         for name, module in result.named_modules():
             path = below(prefix, name)
             module.training = (

@@ -21,7 +21,7 @@ from normprop import activations, functional, modules, pools
 from normprop.data_norm import DATA_NORMS, BatchDataNorm, WhiteningDataNorm
 from normprop.graph import trace as tracing
 from normprop.graph.lighten import lighten_
-from normprop.graph.trace import has, key, place, shape, tensor_inputs
+from normprop.graph.trace import TraceError, below, has, key, place, shape, tensor_inputs
 
 _LEAVES = ("normprop.modules", "normprop.data_norm")
 # What acts on elements in their places, or moves them: an affine map may wait until behind it.
@@ -45,7 +45,7 @@ class FoldError(ValueError):
 
 
 @torch.no_grad()
-def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
+def fold(model: nn.Module, verify: Any = None) -> nn.Module:
     """``model.eval()`` in torch's own modules and functions; ``model`` is left untouched.
 
     Row norms and constants become weights wherever that is exact, also at zero-padded borders (the raw
@@ -59,12 +59,14 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
 
     Returns:
         A graph module in eval mode, for inputs of any size that the model takes; of ``verify``'s size
-        where the code turns sizes into Python numbers, or pools adaptively by maxima.
+        where the code turns sizes into Python numbers, or pools adaptively by maxima. Where torch.fx cannot
+        follow the model's own code: a copy of the model, its parts folded one by one.
 
     Raises:
         FoldError: If outputs differ at ``verify``; without it, if constants depend on the input's size or
             there are forward hooks, which the result does not run.
-        TraceError: If torch.fx cannot follow the code.
+        TraceError: For a model that is wrapped (DDP, torch.compile), TorchScript, and a layer with a forward of
+            its own.
 
     Example:
         >>> layer = modules.NormPropLinear(8, 4)
@@ -72,6 +74,7 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
         ['Linear', 'Threshold']
     """
     modules.check_model(model)
+    tracing.check_unwrapped(model)
     twin = tracing.copied(model).eval()
     inputs = () if verify is None else tracing.as_inputs(verify, "verify")
     hooked = _hooked(model)
@@ -81,16 +84,61 @@ def fold(model: nn.Module, verify: Any = None) -> fx.GraphModule:
             "if they change nothing"
         )
     expected = twin(*(x.clone() for x in inputs)) if inputs else None
-    light = tracing.trace(twin, verify)
+    dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
+    folded: nn.Module
+    try:
+        folded = _folded(twin, verify, dtype)
+    except TraceError:
+        twin = tracing.copied(model).eval()  # the other one ran, and its code may have kept something
+        calls = tracing.calls_within(twin, inputs) if inputs else None
+        folded = _parts_folded(twin, "", calls or {}, dtype)
+    if inputs:
+        runs = (
+            folded if isinstance(folded, fx.GraphModule) else copy.deepcopy(folded)
+        )  # its code may keep something
+        _check(model, inputs, expected, runs(*inputs), hooked)
+    return folded
+
+
+def _folded(model: nn.Module, verify: Any, dtype: torch.dtype) -> fx.GraphModule:
+    light = tracing.trace(model, verify)
     tracing.check_whole(light)
-    lighten_(light, twin.modules())
+    lighten_(light, model.modules())
     light.recompile()
     graph_module = tracing.trace(light, verify, _LEAVES)
     tracing.write_nothing_in_place(graph_module)
-    folded = _Folder(graph_module, bool(inputs)).run()
-    if inputs:
-        _check(model, inputs, expected, folded(*inputs), hooked)
-    return folded
+    return _Folder(graph_module, verify is not None, dtype).run()
+
+
+def _parts_folded(part: nn.Module, path: str, calls: dict[nn.Module, Any], dtype: torch.dtype) -> nn.Module:
+    """A module whose code cannot be followed: what it holds is folded, in place.
+
+    Args:
+        part: The module.
+        path: Its path in the whole model.
+        calls: With which tensors each module is called, as far as that is known.
+        dtype: Of the whole model.
+    """
+    tracing.check_forward(part)
+    for name, child in part.named_children():
+        where, ours = below(path, name), tracing.home_of_forward(child) in tracing.OURS
+        graph = isinstance(child, fx.GraphModule) or hasattr(child, "by_mode")
+        if ours and hasattr(child, "fuse"):
+            part._modules[name] = child.fuse()  # type: ignore[operator]
+        elif ours or graph or type(child) is nn.Sequential:
+            try:
+                folded = _folded(child, calls.get(child), dtype)
+                tracing.keep_attributes(child, folded)
+                part._modules[name] = folded
+            except TraceError as error:
+                if ours:
+                    raise FoldError(
+                        f"{where} ({type(child).__name__}) cannot be folded by itself: {error}"
+                    ) from error
+                _parts_folded(child, where, calls, dtype)
+        else:
+            _parts_folded(child, where, calls, dtype)
+    return part
 
 
 def _hooked(model: nn.Module) -> list[str]:
@@ -166,9 +214,10 @@ class _Value:
 
 
 class _Folder:
-    def __init__(self, source: fx.GraphModule, sized: bool) -> None:
+    def __init__(self, source: fx.GraphModule, sized: bool, dtype: torch.dtype) -> None:
         self.source = source
         self.sized = sized  # whether shapes are those of an input that was given
+        self.dtype = dtype  # of the data, normalised
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.values: dict[fx.Node, _Value] = {}
@@ -349,10 +398,9 @@ class _Folder:
             mean, std = norm.mean, torch.where(norm.std > 0, norm.std, 1.0)
         names = [self.buffer(f"{path}_{n}", v) for n, v in (("mean", mean), ("std", std))]
         value = self.call(torch.div, self.call(torch.sub, source, names[0]), names[1])
-        dtype = next((p.dtype for p in self.source.parameters()), torch.get_default_dtype())
-        value = self.graph.call_method("to", (value, dtype))
+        value = self.graph.call_method("to", (value, self.dtype))
         if isinstance(module, WhiteningDataNorm):
-            weight = self.buffer(f"{path}_weight", module.weight.to(dtype))
+            weight = self.buffer(f"{path}_weight", module.weight.to(self.dtype))
             if margins := module.margins:
                 value = self.call(F.pad, value, margins, "reflect")
             value = self.call(module.operation, value, weight)

@@ -941,7 +941,9 @@ class _Taps:
             outputs = self.inside.shape[axis]
             first = torch.arange(outputs) * self.stride[axis] - self.padding[axis]
             place = first + torch.arange(taps)[:, None] * self.dilation[axis]
-            reads = (place[..., None] == torch.arange(self.before[axis])).any(1).double()
+            inside = (place >= 0) & (place < self.before[axis])
+            reads = torch.zeros(taps, self.before[axis], dtype=torch.float64)
+            reads[torch.arange(taps)[:, None].expand_as(place)[inside], place[inside]] = 1.0
             met = torch.kron(met, reads @ reads.T / outputs)
         return met.fill_diagonal_(0.0)
 

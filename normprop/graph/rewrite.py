@@ -319,6 +319,11 @@ class Rewriter:
             reason = f"{type(norm).__name__} has a forward of its own; use torch's BatchNorm"
         elif self.preserve and norm.running_mean is None:
             reason = "it keeps no running statistics, so eval mode is not a fixed function; convert without preserve"
+        elif self.prefix and not self.preserve and self.reads_data(node):
+            reason = (
+                "what it reads comes from code that cannot be followed (see the notes), its scale is not known; "
+                "write that code so that torch.fx follows it, or convert with preserve=True"
+            )
         if reason:
             self.owner.skip(self.path(path), norm, reason)
         return reason
@@ -409,6 +414,10 @@ class Rewriter:
             self.owner.new[full] = build(chain, head)
         if not self.preserve:
             source = self.ready(source)
+        for called in self.calls:  # a layer whose forward calls modules of its own: padding, say
+            if called.startswith(f"{path}."):
+                child = self.graph_module.get_submodule(called)
+                place(self.owner.new[full], called.removeprefix(f"{path}."), child)
         place(self.graph_module, path, self.owner.new[full])
         with self.graph.inserting_before(head):
             rest, named = (head.args[1:], head.kwargs) if head.op == "call_module" else ((), {})

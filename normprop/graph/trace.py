@@ -11,8 +11,9 @@ import copy
 import inspect
 import operator
 import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -135,9 +136,18 @@ class _Attribute(_Concrete, fx.proxy.Attribute):
     pass
 
 
-def _home_of_forward(module: nn.Module) -> str:
+def home_of_forward(module: nn.Module) -> str:
     """The Python module that a module's forward is written in."""
     return getattr(inspect.getattr_static(type(module), "forward", None), "__module__", "")
+
+
+def check_forward(module: nn.Module) -> None:
+    """Raises TraceError for a subclass of a NormProp layer that computes something else."""
+    if hasattr(module, "rule") and not home_of_forward(module).startswith("normprop."):
+        raise TraceError(
+            f"{type(module).__name__} gives a NormProp layer a forward of its own: make it a module that holds the "
+            "layer and calls it"
+        )
 
 
 class _Tracer(fx.Tracer):
@@ -170,7 +180,7 @@ class _Tracer(fx.Tracer):
         return (
             super().is_leaf_module(m, path)
             or type(m).__module__ in self.leaves
-            or _home_of_forward(m) in self.leaves  # a subclass without a forward of its own
+            or home_of_forward(m) in self.leaves  # a subclass without a forward of its own
             or isinstance(m, pools.AdaptiveMaxPool)  # its constants need sizes as numbers
             or is_weight_layer(m)
             or is_batch_norm(m)
@@ -180,11 +190,7 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         # While it traces, fx sends every module's call here, the shadow's too.
-        if hasattr(m, "rule") and not _home_of_forward(m).startswith("normprop."):
-            raise TraceError(
-                f"{type(m).__name__} gives a NormProp layer a forward of its own: make it a module that holds the "
-                "layer and calls it"
-            )
+        check_forward(m)
         sliced = type(m) is nn.Sequential and m not in (self.submodule_paths or {})  # blocks[:2](x)
         if self.evaluating or sliced:
             return forward(*args, **kwargs)
@@ -271,6 +277,15 @@ def as_inputs(example: Any, name: str = "example") -> tuple[Tensor, ...]:
     return inputs
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Raises TraceError for TorchScript, and for a model that is wrapped for several devices or compiled."""
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError("torch.fx cannot follow TorchScript: pass the Python model that it was made from")
+    if kind in WRAPPERS:
+        raise TraceError(f"model is wrapped in {kind}: pass model.{WRAPPERS[kind]}")
+
+
 def trace(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...] | None = None,
@@ -288,8 +303,7 @@ def trace(
         TraceError: If torch.fx cannot follow the code.
         TypeError: If the example is no tensor and no tuple of tensors.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("torch.fx cannot follow TorchScript: pass the Python model that it was made from")
+    check_unwrapped(model)
     if example is None:
         example = guess_example(model)
     inputs = None
@@ -299,9 +313,6 @@ def trace(
         model = model.graphs[model.training]  # type: ignore[index, operator, assignment]
     if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:
         model = nn.Sequential(model)
-    kind = type(model).__name__
-    if kind in WRAPPERS:
-        raise TraceError(f"model is wrapped in {kind}: pass model.{WRAPPERS[kind]}")
     several = [
         p.name
         for p in inspect.signature(type(model).forward).parameters.values()
@@ -317,6 +328,7 @@ def trace(
         tracer = _Tracer(model, inputs, leaves)
         with (
             _left_alone(model, lost, left),
+            _proxies_seen_through(model),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
@@ -354,6 +366,57 @@ def trace(
     for name in set(vars(model)) - before:  # fx leaves its constants on the model
         delattr(model, name)
     return result
+
+
+@contextmanager
+def _proxies_seen_through(model: nn.Module) -> Iterator[None]:
+    """Code that asks whether it got a tensor, or several, is told what a proxy stands for.
+
+    ``isinstance`` is given to the Python packages of the model's classes. (A proxy's ``__class__`` would reach
+    torch's C++ too, which crashes on a tensor that is none.)
+    """
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if isinstance(value, kinds):
+            return True
+        meant = value.node.meta.get("value", _MISSING) if issubclass(type(value), fx.Proxy) else _MISSING
+        return meant is not _MISSING and isinstance(meant, kinds)
+
+    def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
+        if not issubclass(type(data), fx.Proxy):
+            return as_it_is(data, *args, **kwargs)
+        if not (args or kwargs) and is_instance(data, Tensor):
+            return data
+        return data.tracer.create_proxy("call_function", as_it_is, (data, *args), kwargs)
+
+    as_it_is = torch.as_tensor
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    packages = {_package(cls.__module__) for cls in classes} - {"builtins", "torch", "normprop"}
+    with ExitStack() as undo:
+        for name, home in list(sys.modules.items()):
+            if _package(name) in packages:
+                undo.enter_context(_set(vars(home), "isinstance", is_instance))
+        undo.enter_context(_set(vars(torch), "as_tensor", as_tensor))
+        undo.enter_context(_set(vars(torch), "is_tensor", lambda value: is_instance(value, Tensor)))
+        undo.enter_context(_set(vars(torch.jit), "isinstance", is_instance))
+        yield
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@contextmanager
+def _set(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    before = names.get(name, _MISSING)
+    names[name] = value
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            del names[name]
+        else:
+            names[name] = before
 
 
 def check_whole(graph_module: fx.GraphModule) -> None:
@@ -467,6 +530,31 @@ def by_mode(model: nn.Module, example: Any = None) -> dict[bool, fx.GraphModule]
     if graphs[True].code == graphs[False].code:
         del graphs[False]
     return graphs
+
+
+def calls_within(part: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, Any] | None:
+    """With what each module in a part is called: tensors, or None if that is no plain call of tensors.
+
+    Returns:
+        The modules that are called; None if the part does not run on the inputs.
+    """
+    calls: dict[nn.Module, Any] = {}
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        plain = not kwargs and all(isinstance(x, Tensor) for x in args)
+        calls.setdefault(module, tuple(x.clone() for x in args) if plain else None)
+
+    twin = copy.deepcopy(part).eval()
+    source = dict(zip(twin.modules(), part.modules(), strict=True))
+    for module in twin.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+            module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            twin(*inputs)
+    except Exception:
+        return None
+    return {source[module]: args for module, args in calls.items()}
 
 
 def _defaults(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> dict[str, Any]:
@@ -645,13 +733,28 @@ def has(root: nn.Module, path: str) -> bool:
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Put a module at a path, making its parents."""
+    """Put a module at a path, making its parents; such a parent hands on what it was made for."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
             root.add_module(parent, nn.Module())
         root = root._modules[parent]  # type: ignore[assignment]
+    before = root._modules.get(name)
+    if before is not None and type(before) is nn.Module:
+        module._modules = {**before._modules, **module._modules}
     root._modules[name] = module
+
+
+def keep_attributes(part: nn.Module, result: nn.Module) -> None:
+    """Give a graph, and its deep copies, the plain attributes of its module: code around it may read them."""
+    kept = {
+        name: value
+        for name, value in vars(part).items()
+        if not (name.startswith("_") or name in vars(result) or hasattr(fx.GraphModule, name))
+    }
+    vars(result).update(kept)
+    if isinstance(result, fx.GraphModule):  # torch copies what is named here, and nothing else
+        result.meta["_user_preserved_attributes"] = kept
 
 
 def guess_example(model: nn.Module) -> Tensor | None:

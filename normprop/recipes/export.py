@@ -98,7 +98,7 @@ def has_our_layers(model: nn.Module) -> bool:
     return any(type(module).__module__ in OURS for module in model.modules())
 
 
-def left(model: fx.GraphModule) -> dict[str, int]:
+def left(model: nn.Module) -> dict[str, int]:
     """What a folded model runs: how many modules of each type, how often each function, by count.
 
     Example:
@@ -106,6 +106,11 @@ def left(model: fx.GraphModule) -> dict[str, int]:
         {'Linear': 1, 'Threshold': 1}
     """
     names: Counter[str] = Counter()
+    if not isinstance(model, fx.GraphModule):  # its parts were folded one by one
+        children = list(model.children())
+        for child in children:
+            names.update(left(child))
+        return dict(names.most_common()) if children else {type(model).__name__: 1}
     for node in model.graph.nodes:
         if node.op == "call_module":
             names[type(model.get_submodule(str(node.target))).__name__] += 1
