@@ -17,7 +17,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import normprop
 from normprop import convert, fold
 from normprop.graph.convert import ConversionError
-from normprop.graph.trace import TraceError
 
 
 def randn(*shape, seed=0):
