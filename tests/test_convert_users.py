@@ -13,6 +13,7 @@ import torchvision
 from code_model import Code
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 import normprop
 from normprop import convert, fold
@@ -151,6 +152,22 @@ def test_torchscript_is_skipped_with_the_way_out():
     for follow in (normprop.fold, lambda m: normprop.measure(m, torch.randn(8, 4))):
         with pytest.raises(normprop.TraceError, match="cannot follow TorchScript: pass the Python model"):
             follow(torch.jit.script(model))
+
+
+def test_what_the_result_computes_in_another_way_is_noted():
+    def body(self, x):
+        with torch.autocast("cpu", enabled=False):
+            h = self.a(x)
+        h = checkpoint(self.b, h, use_reentrant=False)
+        return torch.utils.checkpoint.checkpoint(
+            lambda y, scale: y * scale, h, scale=2, use_reentrant=False
+        )
+
+    model, x = used(Code(body, a=block(3, 4), b=block(4, 4))), randn(2, 3, 8, 8)
+    conversion = assert_preserved(model, x)
+    assert "'model' loses activation checkpointing and torch.autocast(enabled=False)" in conversion.notes
+    assert checkpoint is torch.utils.checkpoint.checkpoint
+    assert not any("loses" in note for note in convert(used(block(3, 4))).notes)
 
 
 # --- the parent's code ---------------------------------------------------------------------------

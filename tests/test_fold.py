@@ -763,6 +763,17 @@ def test_where_code_cannot_be_followed_its_parts_are_folded(preserve, verified):
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-12, atol=1e-12)
 
 
+def test_sizes_reach_parts_inside_of_parts():
+    def guarded(self, x):
+        return self.a(x) if float(x.sum()) < 1e9 else x
+
+    pooled = nn.Sequential(NormPropConv2d(3, 4, 3), NormalizedAdaptiveMaxPool2d(2))
+    model, x = Code(guarded, a=Code(guarded, a=nn.Sequential(pooled))).double(), randn(2, 3, 9, 9)
+    folded = fold(model, verify=x)
+    assert not ours(folded)
+    torch.testing.assert_close(folded(x), model(x), rtol=1e-12, atol=1e-12)
+
+
 def ours(model):
     return [type(m).__name__ for m in model.modules() if type(m).__module__.startswith("normprop")]
 

@@ -439,6 +439,10 @@ class Converter:
             graphs = tracing.by_mode(part, example)
         except TraceError as error:
             inputs = calibration(part, example)
+            if (
+                inputs is not None and example is None
+            ):  # noise; its parts may make more of it, or larger maps
+                inputs = tuple(x[:_REHEARSAL] for x in inputs)
             calls = None if inputs is None else tracing.calls_within(part, inputs)
             return self.convert_children(part, prefix, str(error), calls)
         inputs = None if self.preserve else calibration(part, example)
@@ -452,6 +456,8 @@ class Converter:
             self.report.notes.append(
                 f"forward() sets self.{', self.'.join(left)}, which the result does not"
             )
+        if dropped := sorted({name for graph in graphs.values() for name in graph.meta["dropped"]}):
+            self.report.notes.append(f"'{prefix or 'model'}' loses {' and '.join(dropped)}")
         decided = sorted({path for graph in graphs.values() for path in graph.meta["decisions"]})
         if decided:
             self.report.notes.append(

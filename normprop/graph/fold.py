@@ -90,8 +90,7 @@ def fold(model: nn.Module, verify: Any = None) -> nn.Module:
         folded = _folded(twin, verify, dtype)
     except TraceError:
         twin = tracing.copied(model).eval()  # the other one ran, and its code may have kept something
-        calls = tracing.calls_within(twin, inputs) if inputs else None
-        folded = _parts_folded(twin, "", calls or {}, dtype)
+        folded = _parts_folded(twin, "", inputs or None, {}, dtype)
     if inputs:
         runs = (
             folded if isinstance(folded, fx.GraphModule) else copy.deepcopy(folded)
@@ -110,16 +109,21 @@ def _folded(model: nn.Module, verify: Any, dtype: torch.dtype) -> fx.GraphModule
     return _Folder(graph_module, verify is not None, dtype).run()
 
 
-def _parts_folded(part: nn.Module, path: str, calls: dict[nn.Module, Any], dtype: torch.dtype) -> nn.Module:
+def _parts_folded(
+    part: nn.Module, path: str, inputs: Any, calls: dict[nn.Module, Any], dtype: torch.dtype
+) -> nn.Module:
     """A module whose code cannot be followed: what it holds is folded, in place.
 
     Args:
         part: The module.
         path: Its path in the whole model.
-        calls: With which tensors each module is called, as far as that is known.
+        inputs: The tensors that it is called with; None if that is not known.
+        calls: The same for modules inside of it.
         dtype: Of the whole model.
     """
     tracing.check_forward(part)
+    if inputs is not None:
+        calls = tracing.calls_within(part, inputs) or {}
     for name, child in part.named_children():
         where, ours = below(path, name), tracing.home_of_forward(child) in tracing.OURS
         graph = isinstance(child, fx.GraphModule) or hasattr(child, "by_mode")
@@ -135,9 +139,9 @@ def _parts_folded(part: nn.Module, path: str, calls: dict[nn.Module, Any], dtype
                     raise FoldError(
                         f"{where} ({type(child).__name__}) cannot be folded by itself: {error}"
                     ) from error
-                _parts_folded(child, where, calls, dtype)
+                _parts_folded(child, where, calls.get(child), calls, dtype)
         else:
-            _parts_folded(child, where, calls, dtype)
+            _parts_folded(child, where, calls.get(child), calls, dtype)
     return part
 
 

@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
@@ -324,11 +325,12 @@ def trace(
     fixed = _defaults(model, inputs)
     lost: set[str] = set()
     left: set[str] = set()
+    dropped: set[str] = set()
     try:
         tracer = _Tracer(model, inputs, leaves)
         with (
             _left_alone(model, lost, left),
-            _proxies_seen_through(model),
+            _proxies_seen_through(model, dropped),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
@@ -357,6 +359,7 @@ def trace(
     result.meta["fixed"] = list(fixed)
     result.meta["contexts"] = sorted(tracer.contexts)
     result.meta["left"] = sorted(left)
+    result.meta["dropped"] = sorted(dropped)
     result.meta["lost"] = sorted(lost | _written_attributes(model, graph))
     result.meta["iterated"] = tracer.iterated
     for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
@@ -369,11 +372,15 @@ def trace(
 
 
 @contextmanager
-def _proxies_seen_through(model: nn.Module) -> Iterator[None]:
+def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]:
     """Code that asks whether it got a tensor, or several, is told what a proxy stands for.
 
     ``isinstance`` is given to the Python packages of the model's classes. (A proxy's ``__class__`` would reach
-    torch's C++ too, which crashes on a tensor that is none.)
+    torch's C++ too, which crashes on a tensor that is none.) Activation checkpointing is left out there.
+
+    Args:
+        model: The modules.
+        dropped: Told what else its code does to the way that it is computed, and its graph does not.
     """
 
     def is_instance(value: Any, kinds: Any) -> bool:
@@ -389,7 +396,20 @@ def _proxies_seen_through(model: nn.Module) -> Iterator[None]:
             return data
         return data.tracer.create_proxy("call_function", as_it_is, (data, *args), kwargs)
 
-    as_it_is = torch.as_tensor
+    def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
+        dropped.add("activation checkpointing")
+        of_checkpoint = inspect.signature(as_checkpoint).parameters
+        return function(
+            *args, **{name: value for name, value in kwargs.items() if name not in of_checkpoint}
+        )
+
+    def enter(self: Any) -> Any:
+        if not self._enabled:
+            dropped.add("torch.autocast(enabled=False)")
+        return as_enter(self)
+
+    as_it_is, as_checkpoint = torch.as_tensor, torch.utils.checkpoint.checkpoint
+    as_enter = torch.autocast.__enter__
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     packages = {_package(cls.__module__) for cls in classes} - {"builtins", "torch", "normprop"}
     with ExitStack() as undo:
@@ -536,16 +556,25 @@ def calls_within(part: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
     """With what each module in a part is called: tensors, or None if that is no plain call of tensors.
 
     Returns:
-        The modules that are called; None if the part does not run on the inputs.
+        The modules that are called, but for those inside of one that is called with tensors alone; None if the
+        part does not run on the inputs.
     """
     calls: dict[nn.Module, Any] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        plain = not kwargs and all(isinstance(x, Tensor) for x in args)
-        calls.setdefault(module, tuple(x.clone() for x in args) if plain else None)
-
     twin = copy.deepcopy(part).eval()
     source = dict(zip(twin.modules(), part.modules(), strict=True))
+    inside = {child: module for module in twin.modules() for child in module.children()}
+
+    def is_inside_of_a_plain_call(module: nn.Module) -> bool:
+        while (module := inside[module]) is not twin:
+            if calls.get(module) is not None:
+                return True
+        return False
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not twin and not is_inside_of_a_plain_call(module):
+            plain = not kwargs and all(isinstance(x, Tensor) for x in args)
+            calls.setdefault(module, tuple(x.clone() for x in args) if plain else None)
+
     for module in twin.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
             module.register_forward_pre_hook(note, with_kwargs=True)
