@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -330,10 +331,10 @@ def trace(
         tracer = _Tracer(model, inputs, leaves)
         with (
             _left_alone(model, lost, left),
-            _proxies_seen_through(model, dropped),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
+            _proxies_seen_through(model, dropped),
         ):
             graph = tracer.trace(model, concrete_args=fixed)
     except Exception as error:
@@ -414,11 +415,15 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
     packages = {_package(cls.__module__) for cls in classes} - {"builtins", "torch", "normprop"}
     with ExitStack() as undo:
         for name, home in list(sys.modules.items()):
-            if _package(name) in packages:
-                undo.enter_context(_set(vars(home), "isinstance", is_instance))
-        undo.enter_context(_set(vars(torch), "as_tensor", as_tensor))
-        undo.enter_context(_set(vars(torch), "is_tensor", lambda value: is_instance(value, Tensor)))
-        undo.enter_context(_set(vars(torch.jit), "isinstance", is_instance))
+            if _package(name) in packages and isinstance(home, ModuleType):
+                undo.enter_context(_set(home, "isinstance", is_instance))
+                for own in [n for n, value in vars(home).items() if value is as_checkpoint]:
+                    undo.enter_context(_set(home, own, checkpoint))
+        undo.enter_context(_set(torch, "as_tensor", as_tensor))
+        undo.enter_context(_set(torch, "is_tensor", lambda value: is_instance(value, Tensor)))
+        undo.enter_context(_set(torch.jit, "isinstance", is_instance))
+        undo.enter_context(_set(torch.utils.checkpoint, "checkpoint", checkpoint))
+        undo.enter_context(_set(torch.autocast, "__enter__", enter))
         yield
 
 
@@ -427,16 +432,16 @@ def _package(name: str) -> str:
 
 
 @contextmanager
-def _set(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    before = names.get(name, _MISSING)
-    names[name] = value
+def _set(home: Any, name: str, value: Any) -> Iterator[None]:
+    before = vars(home).get(name, _MISSING)
+    setattr(home, name, value)
     try:
         yield
     finally:
         if before is _MISSING:
-            del names[name]
+            delattr(home, name)
         else:
-            names[name] = before
+            setattr(home, name, before)
 
 
 def check_whole(graph_module: fx.GraphModule) -> None:
