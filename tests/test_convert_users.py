@@ -278,6 +278,31 @@ def test_parts_are_converted_as_their_parent_calls_them(given):
     assert fresh.backbone.features(x).shape == (4, 8, 16, 16)
 
 
+def test_parts_go_on_from_what_the_parts_before_make():
+    def body(self, x):
+        maps = [x]
+        for part in self.parts:
+            maps.append(part(maps[-1] if float(maps[-1].detach().sum()) < 1e9 else x))
+        return maps[-1]
+
+    def network(seed):
+        torch.manual_seed(seed)
+        parts = [block(3 if i == 0 else 16, 16, nn.SiLU) for i in range(16)]
+        return Code(body, parts=nn.ModuleList(parts))
+
+    model, other = (convert(network(seed), strict=True).model for seed in (0, 1))
+    assert not hasattr(model.parts[0], "standardize")  # it reads the data
+    x, stds = torch.randn(8, 3, 96, 96), []
+    layers = [m for m in model.modules() if isinstance(m, normprop.NormPropConv2d)]
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: stds.append(float(args[0].detach().std())))
+    model(x)
+    assert len(stds) == 16
+    assert 0.8 < min(stds) < max(stds) < 1.25
+    other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(x), model(x))
+
+
 def test_a_list_is_not_guessed_to_be_a_batch():
     def body(self, x):
         if not isinstance(x, list):

@@ -433,19 +433,35 @@ class Converter:
             if tracing.is_functional_norm(node):
                 self.skip_functional(tracing.owner(node))
 
-    def convert_part(self, part: nn.Module, prefix: str, example: Any) -> nn.Module:
-        """A submodule as a graph; if its code cannot be followed, its children one by one."""
+    def convert_part(
+        self, part: nn.Module, prefix: str, example: Any, inputs: tuple[Tensor, ...] | None = None
+    ) -> nn.Module:
+        """A submodule as a graph; if its code cannot be followed, its children one by one.
+
+        Args:
+            part: The submodule.
+            prefix: Its path.
+            example: An input.
+            inputs: What it is called with behind the parts that are converted; None for the model itself, and
+                where that is not known.
+        """
         try:
             graphs = tracing.by_mode(part, example)
         except TraceError as error:
+            given = inputs or calibration(part, example)
+            if given is not None and example is None:  # noise; the code may make larger maps of it
+                given = tuple(x[:_REHEARSAL] for x in given)
+            calls = None if given is None else tracing.calls_within(part, given)
+
+            def again(child: nn.Module) -> Any:
+                return None if self.preserve or given is None else tracing.call_of(part, child, given)
+
+            return self.convert_children(part, prefix, str(error), calls, again)
+        hidden = inputs is not None and bool(self.new)
+        if self.preserve:
+            inputs = None
+        elif not hidden:
             inputs = calibration(part, example)
-            if (
-                inputs is not None and example is None
-            ):  # noise; its parts may make more of it, or larger maps
-                inputs = tuple(x[:_REHEARSAL] for x in inputs)
-            calls = None if inputs is None else tracing.calls_within(part, inputs)
-            return self.convert_children(part, prefix, str(error), calls)
-        inputs = None if self.preserve else calibration(part, example)
         part.eval()
         fixed = next(iter(graphs.values())).meta["fixed"]
         if fixed and not prefix:
@@ -466,9 +482,11 @@ class Converter:
                 + ": the result is for sizes like the example's"
             )
         alone = len(graphs) == 1 and not prefix  # a part's modules may be called by what is around it
-        rehearsed = [None] * len(graphs) if inputs is None else self.rehearse(graphs, prefix, inputs, alone)
+        rehearsed = (
+            [None] * len(graphs) if inputs is None else self.rehearse(graphs, prefix, inputs, alone, hidden)
+        )
         built = [
-            Rewriter(self, graph, prefix, inputs, alone, decided).run()
+            Rewriter(self, graph, prefix, inputs, alone, hidden, decided).run()
             for graph, decided in zip(graphs.values(), rehearsed, strict=True)
         ]
         result: nn.Module = built[0] if len(built) == 1 else ByMode(*built)
@@ -476,7 +494,12 @@ class Converter:
         return result
 
     def rehearse(
-        self, graphs: dict[bool, fx.GraphModule], prefix: str, inputs: tuple[Tensor, ...], alone: bool
+        self,
+        graphs: dict[bool, fx.GraphModule],
+        prefix: str,
+        inputs: tuple[Tensor, ...],
+        alone: bool,
+        hidden: bool,
     ) -> list[dict[str, bool] | None]:
         """What each graph decides on noise and on weights that are always the same.
 
@@ -500,15 +523,21 @@ class Converter:
                 for weight in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
                     length = float(weight.float().square().mean().sqrt()) or 1.0
                     weight.copy_(torch.randn(weight.shape, generator=generator) * length)
-            plans = [Rewriter(other, twin, prefix, noise, alone) for twin in twins]
+            plans = [Rewriter(other, twin, prefix, noise, alone, hidden) for twin in twins]
             for plan in plans:
                 plan.flow.chance = {}
                 plan.run()
         return [None if plan.flow.failure else plan.decided for plan in plans]
 
     def convert_children(
-        self, part: nn.Module, prefix: str, reason: str, calls: dict[nn.Module, Any] | None
+        self,
+        part: nn.Module,
+        prefix: str,
+        reason: str,
+        calls: dict[nn.Module, Any] | None,
+        again: Callable[[nn.Module], Any],
     ) -> nn.Module:
+        """``again`` gives a child's inputs as they are now, behind what was converted before it."""
         if tracing.is_batch_norm(part):
             self.skip(prefix, part, f"its caller's code cannot be followed ({reason})")
             return part
@@ -522,10 +551,11 @@ class Converter:
                 elif calls.get(child) is None:
                     odd = "not called" if child not in calls else "called with more than tensors"
                     part._modules[name] = self.convert_children(
-                        child, path, f"it is {odd} by its parent", calls
+                        child, path, f"it is {odd} by its parent", calls, again
                     )
                 else:
-                    part._modules[name] = self.convert_part(child, path, calls[child])
+                    inputs = again(child)
+                    part._modules[name] = self.convert_part(child, path, inputs or calls[child], inputs)
         self.report.notes.append(f"'{prefix or 'model'}' was converted child by child: {reason}")
         return part
 

@@ -148,7 +148,12 @@ class _Chain:
 
 
 class Rewriter:
-    """Plans and rewrites one graph; ``alone`` if no other code calls its modules."""
+    """Plans and rewrites one graph.
+
+    Args:
+        alone: Whether no other code calls its modules.
+        hidden: Whether it reads what other parts, converted before, make of the data.
+    """
 
     def __init__(
         self,
@@ -157,9 +162,10 @@ class Rewriter:
         prefix: str,
         inputs: tuple[Tensor, ...] | None,
         alone: bool,
+        hidden: bool = False,
         rehearsed: dict[str, bool] | None = None,
     ) -> None:
-        self.owner, self.alone = converter, alone
+        self.owner, self.alone, self.hidden = converter, alone, hidden
         self.rehearsed = rehearsed
         self.decided: dict[str, bool] = {}
         self.graph_module = graph_module
@@ -622,7 +628,10 @@ class Rewriter:
                 self.flow.visit(new)
             return new
         now = self.flow.moments(node)
-        if now is None or node.op in ("placeholder", "get_attr"):
+        border = (
+            self.hidden and node.op == "placeholder"
+        )  # what the parts before left of mean 0, variance 1
+        if now is None or (node.op in ("placeholder", "get_attr") and not border):
             return node
         mean, std = now
         signal = self.flow.walk.signals[node]
@@ -634,7 +643,10 @@ class Rewriter:
             return node
         if self.flow.chance is not None:
             far += 2 * self.flow.chance.get(node, 0.0)
-        if not self.decide("standardize", node, far > _TOLERANCE) and max(abs(mean), std - 1) <= _LIMIT:
+        if (
+            not self.decide("standardize", node, far > _TOLERANCE or border)
+            and max(abs(mean), std - 1) <= _LIMIT
+        ):
             return node
         module = merges.Standardize(mean, std)
         merges.keep_in_state_dict(module, "mean", "std")

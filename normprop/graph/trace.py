@@ -591,6 +591,28 @@ def calls_within(part: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
     return {source[module]: args for module, args in calls.items()}
 
 
+class _Called(Exception):
+    pass
+
+
+def call_of(part: nn.Module, child: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """With which tensors one module in a part is called; None if the part fails before."""
+    found = []
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.append(args)
+        raise _Called
+
+    twin = copy.deepcopy(part).eval()
+    dict(zip(part.modules(), twin.modules(), strict=True))[child].register_forward_pre_hook(note)
+    try:
+        with torch.no_grad():
+            twin(*inputs)
+    except Exception:
+        return found[0] if found else None
+    return None
+
+
 def _defaults(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> dict[str, Any]:
     """Arguments that the example does not give, at their defaults."""
     parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
