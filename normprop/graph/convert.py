@@ -163,9 +163,9 @@ def convert(
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
         weight and bias being the layer's ``gain`` and ``bias``. It computes what ``forward`` does, as one
         graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
-        ``notes`` says. Constants that were measured on the weights are in its state dict (``constants``); which
-        layers have some does not depend on the seed: another process loads it into a conversion of its
-        own. (Weights far from fresh ones, trained say, may need more of them: ``torch.save(model, path)``.)
+        ``notes`` says. Code that torch.fx cannot follow stays, and its parts are converted one by one.
+        Constants that were measured on the weights are in its state dict (``constants``); which layers
+        have some does not depend on the seed: another process loads it into a conversion of its own. (Weights far from fresh ones, trained say, may need more of them: ``torch.save(model, path)``.)
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
