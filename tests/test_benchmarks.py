@@ -27,7 +27,9 @@ def script(name):
         sys.path.pop(0)
 
 
-growth, inference, graphs = (script(name) for name in ("growth", "inference", "graphs"))
+growth, inference, graphs, libraries = (
+    script(name) for name in ("growth", "inference", "graphs", "libraries")
+)
 
 
 def by_contender(rows):
@@ -195,3 +197,21 @@ def test_graphs_reports_medians(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "graphs.json").read_text()) == result
     assert result["rows"] == [{"verb": "fold", "seconds": 12.0, "all": [1.0, 30.0, 12.0], "in_bar": False}]
     assert result["rounds"] == 3
+
+
+def test_a_model_of_a_library_is_checked():
+    def build():
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    row = libraries.check(build, (3, 9, 9))
+    assert (row["batch_norms"], row["sites"], libraries.misses(row)) == (1, 2, [])
+    worse = row | {"fold": 1e-3, "in_range": 0.5, "skipped": ["a: unused", "b: unused"]}
+    assert libraries.misses(worse) == ["fold 1e-03", "in range 0.50", "2 skipped: unused"]
+
+
+def test_the_committed_table_of_libraries_is_of_its_results():
+    rows = json.loads((FOLDER / "zoo" / "libraries.json").read_text())["rows"]
+    assert libraries.table(rows) + "\n" == (FOLDER / "zoo" / "libraries.md").read_text()
+    assert {(row["library"], row["model"]) for row in rows} == {
+        (library, name) for library, cases in libraries.CASES.items() for name in cases
+    }

@@ -165,7 +165,8 @@ def convert(
         graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
         ``notes`` says. Code that torch.fx cannot follow stays, and its parts are converted one by one.
         Constants that were measured on the weights are in its state dict (``constants``); which layers
-        have some does not depend on the seed: another process loads it into a conversion of its own. (Weights far from fresh ones, trained say, may need more of them: ``torch.save(model, path)``.)
+        have some does not depend on the seed: another process loads it into a conversion of its own.
+        (Weights far from fresh ones, trained say, may need more of them: ``torch.save(model, path)``.)
 
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
