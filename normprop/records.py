@@ -13,7 +13,7 @@ from typing import Any
 LAYOUT = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone", "detach", "to",
     "float", "type_as", "squeeze", "unsqueeze", "expand", "repeat", "tile", "roll", "flip", "movedim",
-    "swapaxes", "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "t",
+    "swapaxes", "rearrange", "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "t",
     "reshape_as", "view_as", "expand_as", "unfold", "rot90", "pixel_shuffle", "pixel_unshuffle",
     "channel_shuffle", "getattr", "size", "dropout", "dropout2d", "alpha_dropout", "feature_dropout",
     "stochastic_depth", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d",

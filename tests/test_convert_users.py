@@ -5,12 +5,15 @@ import pickle
 import random
 import re
 
+import einops
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from code_model import Code
+from einops import rearrange
+from einops.layers.torch import Rearrange, Reduce
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -980,3 +983,36 @@ def test_a_weight_that_forward_reads_too_is_noted():
         notes = normprop.convert(Tied(), preserve=preserve, example=torch.randn(4, 12)).notes
         assert any(note.startswith("forward() itself reads encoder.weight: projection") for note in notes)
     assert not any("reads" in note for note in normprop.convert(torchvision.models.resnet18()).notes)
+
+
+# --- einops --------------------------------------------------------------------------------------
+
+
+def arranged(self, x):
+    y = self.b(self.a(self.rows(x)))
+    y = rearrange(y, "b c h w -> b (h w) c")
+    y = einops.rearrange(y, "b (h w) c -> b c h w", h=1)
+    return self.out(self.mean(y))
+
+
+def test_einops_is_followed():
+    def block(i, o, size):
+        return nn.Sequential(nn.Conv2d(i, o, size), nn.BatchNorm2d(o), nn.ReLU())
+
+    modules = {
+        "rows": Rearrange("b c t -> b 1 c t"),
+        "a": block(1, 8, (1, 9)),
+        "b": block(8, 16, (8, 1)),
+        "mean": Reduce("b c 1 t -> b c", "mean"),
+        "out": nn.Linear(16, 2),
+    }
+    model, x = used(Code(arranged, **modules)), randn(4, 8, 64)
+    assert_preserved(model, x)
+    fresh = convert(model, strict=True, example=x)
+    assert [site.path for site in fresh.replaced] == ["a.0", "b.0", "out"]
+    assert not any("child by child" in note for note in fresh.notes)
+    for net in (fresh.model, fold(fresh.model, verify=x)):
+        torch.testing.assert_close(pickle.loads(pickle.dumps(net))(x), fresh.model(x), rtol=1e-9, atol=1e-9)
+    layouts = [record for record in normprop.predict(fresh.model, x) if "rearrange" in record.name]
+    assert len(layouts) == 2
+    assert not any(record.note for record in layouts)

@@ -27,7 +27,7 @@ _LEAVES = ("normprop.modules", "normprop.data_norm")
 # What acts on elements in their places, or moves them: an affine map may wait until behind it.
 _COMMUTE = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-    "expand", "getitem", "to", "clone", "dropout", "movedim", "swapaxes", "roll",
+    "expand", "getitem", "to", "clone", "dropout", "movedim", "swapaxes", "rearrange", "roll",
     "flip", "channel_shuffle", "pixel_shuffle", "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "amax",
 }  # fmt: skip

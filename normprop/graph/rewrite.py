@@ -40,7 +40,7 @@ _TINY = 0.1  # a branch that starts below this std (layer scale) is left to grow
 # Nodes through which a map passes with its elements as they are.
 _PASSING = {
     "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze",
-    "unsqueeze", "expand", "expand_as", "clone", "dropout", "to", "float", "movedim", "swapaxes", "roll",
+    "unsqueeze", "expand", "expand_as", "clone", "dropout", "to", "float", "movedim", "swapaxes", "rearrange", "roll",
 }  # fmt: skip
 
 
@@ -198,7 +198,7 @@ class Rewriter:
         tracing.write_nothing_in_place(self.graph_module)
         self.graph.eliminate_dead_code()
         for node in self.graph.nodes:
-            node.meta = {k: v for k, v in node.meta.items() if k == "nn_module_stack"}
+            node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "is_wrapped")}
         result = fx.GraphModule(self.graph_module, self.graph, type(self.owner.source).__name__)
         self.graph.lint()
         # Tensors that the code makes are no part of its state.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import operator
 import random
 import sys
@@ -160,7 +161,11 @@ class _Tracer(fx.Tracer):
     def __init__(
         self, model: nn.Module, inputs: tuple[Tensor, ...] | None, leaves: tuple[str, ...]
     ) -> None:
-        super().__init__()
+        einops: Any = sys.modules.get("einops")
+        wrapped: Any = (math,) if einops is None else (math, einops)
+        super().__init__(autowrap_modules=wrapped)
+        # While it traces, there is a wrapper in its place.
+        self.rearrange: Any = getattr(einops, "rearrange", None)
         self.inputs = inputs
         self.leaves = leaves
         self.decisions: set[str] = set()
@@ -187,15 +192,20 @@ class _Tracer(fx.Tracer):
             or is_weight_layer(m)
             or is_batch_norm(m)
             or type(m).__name__ in RANDOM_NAMES
+            or _package(type(m).__module__) == "einops"
             or own_activation(m) is not None
         )
 
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+    def call_module(self, m: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         # While it traces, fx sends every module's call here, the shadow's too.
         check_forward(m)
         sliced = type(m) is nn.Sequential and m not in (self.submodule_paths or {})  # blocks[:2](x)
         if self.evaluating or sliced:
             return forward(*args, **kwargs)
+        if type(m).__name__ == "Rearrange" and _package(type(m).__module__) == "einops":
+            moved = self.create_proxy("call_function", self.rearrange, (*args, m.pattern), m.axes_lengths)
+            moved.node.meta["is_wrapped"] = True  # fx's, for pickle: not to be followed inside
+            return moved
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -723,8 +733,8 @@ def _is_map(node: fx.Node) -> bool:
 
 _VIEWS = {
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "movedim",
-    "swapaxes", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "getitem", "chunk", "split", "unbind",
-    "t", "detach", "contiguous", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout2d", "Dropout3d",
+    "swapaxes", "rearrange", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "getitem", "chunk", "split",
+    "unbind", "t", "detach", "contiguous", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout2d", "Dropout3d",
 }  # fmt: skip
 
 
@@ -865,7 +875,7 @@ def module_of(graph_module: nn.Module, node: fx.Node) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-_FOREIGN = ("torch", "_operator", "builtins", "math", "operator")
+_FOREIGN = ("torch", "_operator", "builtins", "math", "operator", "einops")
 
 
 def key(node: fx.Node) -> str:
