@@ -483,9 +483,9 @@ class Converter:
                 + ": the result is for sizes like the example's"
             )
         alone = len(graphs) == 1 and not prefix  # a part's modules may be called by what is around it
-        rehearsed = (
-            [None] * len(graphs) if inputs is None else self.rehearse(graphs, prefix, inputs, alone, hidden)
-        )
+        rehearsed: list[dict[str, bool] | None] = [None] * len(graphs)
+        if inputs is not None:
+            rehearsed = self.rehearse(graphs, prefix, inputs, alone, hidden)
         built = [
             Rewriter(self, graph, prefix, inputs, alone, hidden, decided).run()
             for graph, decided in zip(graphs.values(), rehearsed, strict=True)

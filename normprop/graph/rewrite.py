@@ -628,9 +628,7 @@ class Rewriter:
                 self.flow.visit(new)
             return new
         now = self.flow.moments(node)
-        border = (
-            self.hidden and node.op == "placeholder"
-        )  # what the parts before left of mean 0, variance 1
+        border = self.hidden and node.op == "placeholder"  # the parts before it are not exact
         if now is None or (node.op in ("placeholder", "get_attr") and not border):
             return node
         mean, std = now

@@ -410,9 +410,8 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
     def checkpoint(function: Any, *args: Any, **kwargs: Any) -> Any:
         dropped.add("activation checkpointing")
         of_checkpoint = inspect.signature(as_checkpoint).parameters
-        return function(
-            *args, **{name: value for name, value in kwargs.items() if name not in of_checkpoint}
-        )
+        own = {name: value for name, value in kwargs.items() if name not in of_checkpoint}
+        return function(*args, **own)
 
     def enter(self: Any) -> Any:
         if not self._enabled:
