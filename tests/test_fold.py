@@ -763,6 +763,24 @@ def test_where_code_cannot_be_followed_its_parts_are_folded(preserve, verified):
     torch.testing.assert_close(folded(x), model.eval()(x), rtol=1e-12, atol=1e-12)
 
 
+def test_parts_with_several_names_stay_one():
+    block = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+    def body(self, x):
+        for part in self.parts if float(x.detach().sum()) < 1e9 else []:
+            x = part(x)
+        return self.other(x)
+
+    source, x = Code(body, parts=nn.ModuleList([block] * 3), other=block).double().eval(), randn(2, 4, 6, 6)
+    conversion = convert(source, preserve=True, strict=True)
+    folded = fold(conversion.model, verify=x)
+    for model in (conversion.model, folded):
+        assert len({id(part) for part in (*model.parts, model.other)}) == 1
+        torch.testing.assert_close(model(x), source(x), rtol=1e-12, atol=1e-12)
+    assert not ours(folded)
+    conversion.update_optimizer_(torch.optim.SGD(source.parameters(), lr=0.1))
+
+
 def test_sizes_reach_parts_inside_of_parts():
     def guarded(self, x):
         return self.a(x) if float(x.sum()) < 1e9 else x

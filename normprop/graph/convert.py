@@ -547,16 +547,13 @@ class Converter:
                 path = below(prefix, name)
                 if tracing.is_batch_norm(child):
                     self.skip(path, child, f"the code around it cannot be followed ({reason})")
-                elif calls is None:
-                    part._modules[name] = self.convert_part(child, path, None)
-                elif calls.get(child) is None:
+                elif calls is not None and calls.get(child) is None:
                     odd = "not called" if child not in calls else "called with more than tensors"
-                    part._modules[name] = self.convert_children(
-                        child, path, f"it is {odd} by its parent", calls, again
-                    )
+                    self.convert_children(child, path, f"it is {odd} by its parent", calls, again)
                 else:
-                    inputs = again(child)
-                    part._modules[name] = self.convert_part(child, path, inputs or calls[child], inputs)
+                    inputs = None if calls is None else again(child)
+                    given = inputs or (calls or {}).get(child)
+                    tracing.put_in_place_of(child, self.convert_part(child, path, given, inputs), self.twin)
         self.report.notes.append(f"'{prefix or 'model'}' was converted child by child: {reason}")
         return part
 

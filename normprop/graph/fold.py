@@ -90,7 +90,7 @@ def fold(model: nn.Module, verify: Any = None) -> nn.Module:
         folded = _folded(twin, verify, dtype)
     except TraceError:
         twin = tracing.copied(model).eval()  # the other one ran, and its code may have kept something
-        folded = _parts_folded(twin, "", inputs or None, {}, dtype)
+        folded = _parts_folded(twin, inputs or None, dtype)
     if inputs:
         runs = (
             folded if isinstance(folded, fx.GraphModule) else copy.deepcopy(folded)
@@ -109,40 +109,35 @@ def _folded(model: nn.Module, verify: Any, dtype: torch.dtype) -> fx.GraphModule
     return _Folder(graph_module, verify is not None, dtype).run()
 
 
-def _parts_folded(
-    part: nn.Module, path: str, inputs: Any, calls: dict[nn.Module, Any], dtype: torch.dtype
-) -> nn.Module:
-    """A module whose code cannot be followed: what it holds is folded, in place.
+def _parts_folded(model: nn.Module, inputs: Any, dtype: torch.dtype) -> nn.Module:
+    """A model whose code cannot be followed: what it holds is folded, in place."""
 
-    Args:
-        part: The module.
-        path: Its path in the whole model.
-        inputs: The tensors that it is called with; None if that is not known.
-        calls: The same for modules inside of it.
-        dtype: Of the whole model.
-    """
-    tracing.check_forward(part)
-    if inputs is not None:
-        calls = tracing.calls_within(part, inputs) or {}
-    for name, child in part.named_children():
-        where, ours = below(path, name), tracing.home_of_forward(child) in tracing.OURS
-        graph = isinstance(child, fx.GraphModule) or hasattr(child, "by_mode")
-        if ours and hasattr(child, "fuse"):
-            part._modules[name] = child.fuse()  # type: ignore[operator]
-        elif ours or graph or type(child) is nn.Sequential:
-            try:
-                folded = _folded(child, calls.get(child), dtype)
-                tracing.keep_attributes(child, folded)
-                part._modules[name] = folded
-            except TraceError as error:
-                if ours:
-                    raise FoldError(
-                        f"{where} ({type(child).__name__}) cannot be folded by itself: {error}"
-                    ) from error
-                _parts_folded(child, where, calls.get(child), calls, dtype)
-        else:
-            _parts_folded(child, where, calls.get(child), calls, dtype)
-    return part
+    def visit(part: nn.Module, path: str, inputs: Any, calls: dict[nn.Module, Any]) -> None:
+        """``inputs`` are the tensors that a part is called with, ``calls`` those of modules inside, if known."""
+        tracing.check_forward(part)
+        if inputs is not None:
+            calls = tracing.calls_within(part, inputs) or {}
+        for name, child in list(part.named_children()):
+            where, ours = below(path, name), tracing.home_of_forward(child) in tracing.OURS
+            graph = isinstance(child, fx.GraphModule) or hasattr(child, "by_mode")
+            if ours and hasattr(child, "fuse"):
+                tracing.put_in_place_of(child, child.fuse(), model)  # type: ignore[operator]
+            elif ours or graph or type(child) is nn.Sequential:
+                try:
+                    folded = _folded(child, calls.get(child), dtype)
+                    tracing.keep_attributes(child, folded)
+                    tracing.put_in_place_of(child, folded, model)
+                except TraceError as error:
+                    if ours:
+                        raise FoldError(
+                            f"{where} ({type(child).__name__}) cannot be folded by itself: {error}"
+                        ) from error
+                    visit(child, where, calls.get(child), calls)
+            else:
+                visit(child, where, calls.get(child), calls)
+
+    visit(model, "", inputs, {})
+    return model
 
 
 def _hooked(model: nn.Module) -> list[str]:

@@ -810,6 +810,14 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
     root._modules[name] = module
 
 
+def put_in_place_of(old: nn.Module, new: nn.Module, root: nn.Module) -> None:
+    """Under every name that ``old`` has in ``root``."""
+    for holder in list(root.modules()):
+        for name, child in holder._modules.items():
+            if child is old:
+                holder._modules[name] = new
+
+
 def keep_attributes(part: nn.Module, result: nn.Module) -> None:
     """Give a graph, and its deep copies, the plain attributes of its module: code around it may read them."""
     kept = {
