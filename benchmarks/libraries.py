@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 import normprop
+from normprop.recipes.export import relative_error
 from normprop.recipes.results import environment, write_json
 
 Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
@@ -124,12 +125,6 @@ def numbers(outputs: Any) -> list[Tensor]:
     ]
 
 
-def gap(actual: Any, expected: Any) -> float:
-    """Largest difference of any map, relative to its largest value."""
-    pairs = zip(numbers(actual), numbers(expected), strict=True)
-    return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) for a, e in pairs)
-
-
 def used(model: nn.Module) -> nn.Module:
     """BatchNorm's statistics and weights as after some training, at random."""
     for norm in (m for m in model.modules() if isinstance(m, _BatchNorm)):
@@ -178,12 +173,12 @@ def check(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> dict[str, A
     with torch.no_grad():
         y = [t.clone() for t in numbers(fresh.eval()(x))]
         alone = [numbers(fresh(sample)) for sample in x.split(1)]
-        row["batch"] = gap([torch.cat(parts) for parts in zip(*alone, strict=True)], y)
+        row["batch"] = relative_error([torch.cat(parts) for parts in zip(*alone, strict=True)], y)
         row["in_range"] = in_range(fresh, torch.randn(8, *shape, dtype=torch.float64))
-        row["fold"] = gap(normprop.fold(fresh, verify=x)(x), y)
+        row["fold"] = relative_error(numbers(normprop.fold(fresh, verify=x)(x)), y)
         source = used(build().double()).eval()
         preserved = normprop.convert(source, preserve=True, example=x).model
-        row["preserve"] = gap(preserved(x), source(x))
+        row["preserve"] = relative_error(numbers(preserved(x)), numbers(source(x)))
     return row
 
 

@@ -92,9 +92,8 @@ def fold(model: nn.Module, verify: Any = None) -> nn.Module:
         twin = tracing.copied(model).eval()  # the other one ran, and its code may have kept something
         folded = _parts_folded(twin, inputs or None, dtype)
     if inputs:
-        runs = (
-            folded if isinstance(folded, fx.GraphModule) else copy.deepcopy(folded)
-        )  # its code may keep something
+        # Code that stayed may keep something when it runs.
+        runs = folded if isinstance(folded, fx.GraphModule) else copy.deepcopy(folded)
         _check(model, inputs, expected, runs(*inputs), hooked)
     return folded
 
