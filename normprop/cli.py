@@ -307,7 +307,10 @@ if typer is not None:
             ),
         ],
         protocol: Annotated[
-            str, typer.Option(help="reduced (finishes on two CPU cores) or full (the paper's).")
+            str,
+            typer.Option(
+                help="reduced (finishes on two CPU cores), full (the paper's) or narrow (at a quarter of its width)."
+            ),
         ] = "reduced",
         dataset: Dataset = "cifar10",
         out: Annotated[

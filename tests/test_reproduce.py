@@ -360,7 +360,7 @@ def test_speed_rows_say_seconds_an_epoch(tmp_path, monkeypatch):
 # --- the parts -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protocol", ["reduced", "full"])
+@pytest.mark.parametrize("protocol", ["reduced", "full", "narrow"])
 @pytest.mark.parametrize("dataset", ["cifar10", "svhn"])
 @pytest.mark.parametrize("name", TRAINED)
 def test_keys_are_unique_and_protocols_apart(name, dataset, protocol, monkeypatch):
@@ -395,6 +395,8 @@ def test_the_papers_protocol():
         (25, 5, 0.08, 100, False)
     }
     assert full.run("none").lr == 1e-4
+    for norm in ("normprop, paper", "batch"):
+        assert PROTOCOLS["narrow"].run(norm) == replace(full.run(norm), width=0.25)
     assert all(p.run.data_norm == "global" for p in CLAIMS["batch-size"].plan(full, "cifar10", 1, []))
 
 

@@ -1,7 +1,8 @@
 """The claims that ``normprop reproduce`` tests: what the paper says, and which runs test it.
 
 A claim lists its runs for a protocol; nothing here trains. ``full`` is the paper's protocol (its sec. 5;
-what the paper leaves open is said where it is filled in), ``reduced`` finishes on two CPU cores.
+what the paper leaves open is said where it is filled in), ``narrow`` the same at a quarter of the width,
+``reduced`` finishes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Protocol:
     """How much is trained.
 
     Attributes:
-        name: ``"reduced"`` or ``"full"``.
+        name: ``"reduced"``, ``"full"`` or ``"narrow"``.
         base: What all runs share, data norm of the batch-size claim apart.
         seeds: How many, from 0.
         short: Changes for the claims that have many runs.
@@ -73,13 +74,18 @@ class Protocol:
     final: dict[str, Any]
     table: dict[str, dict[str, Any]]
 
+    @property
+    def papers(self) -> bool:
+        """Whether it trains by the paper's schedule."""
+        return self.base.halve_every is not None
+
     def lr(self, run: Run) -> float:
         """The paper's step size where its schedule is used, else what ``normprop train`` takes.
 
         The paper gives .05 at batch 50, .08 at 100, .0001 without norm; for other sizes we scale
         linearly below 50 and stay at .08 above 100.
         """
-        if self.base.halve_every is None:
+        if not self.papers:
             return replace(run, lr=None).peak_lr
         if run.norm == "none":
             return 1e-4
@@ -119,6 +125,9 @@ PROTOCOLS = {
         },
     ),
 }
+PROTOCOLS["narrow"] = replace(
+    PROTOCOLS["full"], name="narrow", base=replace(PROTOCOLS["full"].base, width=0.25)
+)
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ def _grid(
 
 
 def _data_norm(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
-    sizes = (protocol.base.batch_size,) if protocol.name != "full" else (50, 100)
+    sizes = (50, 100) if protocol.papers else (protocol.base.batch_size,)
     settings = [{"data_norm": norm, "batch_size": b} for b in sizes for norm in ("global", "batch")]
     return _grid(protocol, seeds, NORMPROP, settings)
 
@@ -194,7 +203,7 @@ def _hidden_mean(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Ro
 
 
 def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
-    if protocol.name == "full":
+    if protocol.papers:
         return _grid(protocol, seeds, (*NORMPROP, "batch"))
     orthogonal = [f"{name}, orthogonal" for name in NORMPROP]
     # The best at a quarter of the width, too.
