@@ -7,6 +7,7 @@ before a later in-place operation can change its tensor (docs/method.md, section
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from torch.utils.data import Dataset, IterableDataset
 from normprop import functional
 from normprop.data_norm import first_tensor
 from normprop.graph import trace as tracing
-from normprop.graph.predict import effective, operation_name, path_of, walk
+from normprop.graph.predict import effective, in_whole, operation_name, path_of, walk
 from normprop.modules import check_model
 from normprop.records import Record, SignalTrace
+from normprop.signal import Signal
 
 COLUMNS = 4096  # (sample, position) pairs that a covariance is taken over
 POSITIONS = 4  # of a layer's Jacobian
@@ -41,14 +43,15 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
     these are scaled to length 1, so that a node's number is the L2 norm of its whole gradient map.
 
     Args:
-        model: Any model that torch.fx can follow, in train or eval mode, on any device. It is not
-            changed: a copy runs.
+        model: Any model, in train or eval mode, on any device. It is not changed: a copy runs.
         data: A tensor ``(N, ...)``, a tuple of the model's input tensors, or a DataLoader or other
             iterable of batches, of which the first batch counts, and of that its first tensor.
         seed: Of the gradient's weights, of dropout, and of the positions that are sampled.
 
     Returns:
-        :class:`SignalTrace` with ``.predicted``. Each record's ``details``:
+        :class:`SignalTrace` with ``.predicted``. Where torch.fx cannot follow the model's own code it holds the
+        nodes of its parts, each part predicted from the mean and std of what it reads and from the gradient that
+        it gets. Each record's ``details``:
 
         - ``skew``, ``kurtosis`` (excess; 0 for a Gaussian), None for a constant;
         - of activations ``dead``: share of channels that are constant over samples and positions;
@@ -58,7 +61,7 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
     Raises:
         DataError: If there is no data, it is not finite, or the model does not take it (a ValueError).
         TypeError: If data is none of the above.
-        TraceError: If torch.fx cannot follow the code.
+        TraceError: If torch.fx can follow neither the code nor any part.
 
     Example:
         >>> trace = measure(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), torch.randn(256, 64))
@@ -76,13 +79,21 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
         inputs = _inputs(data)
         if len(devices) == 1:
             inputs = tuple(x.to(next(iter(devices))) for x in inputs)
+        tracing.check_unwrapped(model)
         twin = tracing.copied(model)
         try:
             graph_module = tracing.trace(twin, inputs)
-        except tracing.TraceError:
-            with _refusal_told(inputs):  # is it the data's shape, or the code?
+        except tracing.TraceError as error:
+            with _refusal_told(inputs), torch.no_grad():  # is it the data's shape, or the code?
                 copy.deepcopy(twin)(*inputs)
-            raise
+            parts = tracing.parts(twin, inputs)
+            if not parts:
+                raise
+            found = _Parts(twin.requires_grad_(False), parts, inputs, seed).trace()
+            if not len(found):
+                raise
+            found[0].note = f"its parts alone are shown: {error}"
+            return found
         twin.requires_grad_(False)
         wanted = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         if len(inputs) > len(wanted) and not any(str(node.target).startswith("*") for node in wanted):
@@ -91,8 +102,8 @@ def measure(model: nn.Module, data: Any, seed: int = 0) -> SignalTrace:
                 "of a batch (x, y) pass x alone, or the DataLoader"
             )
         run = _Run(graph_module, inputs, seed)
-        run.run(*inputs)
-        return SignalTrace(run.records, walk(graph_module).trace())
+        backward(run.run(*inputs), seed)
+        return SignalTrace(list(run.records.values()), walk(graph_module).trace())
 
 
 def _inputs(data: Any) -> tuple[Tensor, ...]:
@@ -129,8 +140,21 @@ def _refusal_told(inputs: tuple[Tensor, ...]) -> Iterator[None]:
         raise DataError(f"the model does not take data of shape {shapes}: {error}") from error
 
 
+def backward(outputs: Any, seed: int) -> None:
+    """From a random scalar of all outputs that have a gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = tree_leaves(outputs)
+    found = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad and x.numel()]
+    cotangents = []
+    for x in found:
+        c = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        cotangents.append((c / c.norm()).to(x.device, x.dtype))
+    if found:
+        torch.autograd.backward(found, cotangents)
+
+
 class _Run(fx.Interpreter):
-    """Runs the graph once, and back, and keeps a record of every floating tensor."""
+    """Runs the graph once, and keeps a record of every floating tensor."""
 
     def __init__(self, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...], seed: int) -> None:
         super().__init__(graph_module)
@@ -138,28 +162,16 @@ class _Run(fx.Interpreter):
         self.graph_module = graph_module
         self.inputs = inputs
         self.generator = torch.Generator().manual_seed(seed)
-        self.records: list[Record] = []
+        self.records: dict[fx.Node, Record] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         with _refusal_told(self.inputs):
             value = super().run_node(n)
-        if n.op == "output":
-            self._backward(value)
-        elif n.op != "get_attr" and isinstance(value, Tensor) and value.is_floating_point():
+        if n.op not in ("output", "get_attr") and isinstance(value, Tensor) and value.is_floating_point():
             if not value.requires_grad:  # the input, or made of parameters alone; a clone may be written to
                 value = value.detach().requires_grad_().clone()
             self._record(n, value)
         return value
-
-    def _backward(self, outputs: Any) -> None:
-        leaves = tree_leaves(outputs)
-        found = [x for x in leaves if isinstance(x, Tensor) and x.requires_grad and x.numel()]
-        cotangents = []
-        for x in found:
-            c = torch.randn(x.shape, generator=self.generator, dtype=torch.float64)
-            cotangents.append((c / c.norm()).to(x.device, x.dtype))
-        if found:
-            torch.autograd.backward(found, cotangents)
 
     def _record(self, node: fx.Node, value: Tensor) -> None:
         module = tracing.module_of(self.graph_module, node)
@@ -170,7 +182,7 @@ class _Run(fx.Interpreter):
             shape=tuple(value.shape),
             **sample_moments(value.detach()),
         )
-        self.records.append(record)
+        self.records[node] = record
 
         def gradient(grad: Tensor) -> None:
             record.gradient = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
@@ -197,6 +209,66 @@ class _Run(fx.Interpreter):
         if isinstance(layer, tracing.WEIGHT_LAYERS):
             return channel_dim(layer)
         return 1 if value.ndim > 2 else -1
+
+
+class _Parts:
+    """Runs a model's own code, which calls its parts: node by node."""
+
+    def __init__(
+        self, model: nn.Module, parts: list[tracing.Part], inputs: tuple[Tensor, ...], seed: int
+    ) -> None:
+        self.model = model
+        self.inputs = tuple(
+            x.clone().requires_grad_().clone() if x.is_floating_point() else x for x in inputs
+        )
+        self.seed = seed
+        self.parts = parts
+        self.runs: list[tuple[tracing.Part, int, _Run]] = []
+
+    def watch(self) -> None:
+        """Put :meth:`run_part` in place of the parts' forward."""
+        for part in self.parts:
+            part.module.forward = functools.partial(self.run_part, part)
+
+    def unwatch(self) -> None:
+        for part in self.parts:
+            del part.module.forward
+
+    def run_part(self, part: tracing.Part, *args: Any, **kwargs: Any) -> Any:
+        wanted = [n for n in part.graph_module.graph.nodes if n.op == "placeholder"]
+        as_traced = [tracing.shape(n) for n in wanted] == [getattr(x, "shape", None) for x in args]
+        self.unwatch()  # it may call modules that are parts elsewhere
+        try:
+            if kwargs or not as_traced:
+                return part.module.forward(*args, **kwargs)
+            call = sum(other is part for other, _, _ in self.runs)
+            run = _Run(part.graph_module, args, self.seed)
+            self.runs.append((part, call, run))
+            # Under other names, whose gradients are those of this part alone.
+            return run.run(*(x.view_as(x) for x in args))
+        finally:
+            self.watch()
+
+    def trace(self) -> SignalTrace:
+        self.watch()
+        try:
+            with _refusal_told(self.inputs):
+                outputs = self.model(*self.inputs)
+        finally:
+            self.unwatch()
+        backward(outputs, self.seed)
+        measured, predicted = [], []
+        for part, call, run in self.runs:
+            read = [r for node, r in run.records.items() if node.op == "placeholder"]
+            walked = walk(part.graph_module, [Signal.gaussian(r.mean, r.std) for r in read]).trace()
+            ends = part.graph_module.graph.output_node().all_input_nodes
+            gradient = next((run.records[end].gradient for end in ends if end in run.records), None)
+            for record in walked:
+                if record.gradient is not None:
+                    record.gradient = None if gradient is None else record.gradient * gradient
+            measured += [in_whole(part, record, call) for record in run.records.values()]
+            predicted += [in_whole(part, record, call) for record in walked]
+        return SignalTrace(measured, SignalTrace(predicted))
 
 
 def sample_moments(values: Tensor) -> dict[str, Any]:

@@ -382,6 +382,97 @@ def test_too_few_inputs_and_code_that_looks_at_shapes():
         measure(Branching(), torch.ones(2, 4))
 
 
+# --- code that torch.fx cannot follow -------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.act = act
+
+    def forward(self, x: Tensor, weight: float = 1.0) -> Tensor:
+        return x + weight * self.act(self.conv(x))
+
+
+class Guarded(nn.Module):
+    """A block is called twice, one also with a keyword, one activation by all; ``guard`` decides by the data."""
+
+    def __init__(self, guard: bool) -> None:
+        super().__init__()
+        self.guard = guard
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.blocks = nn.ModuleList([Residual(self.act), Residual(self.act)])
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        if self.guard and float(x.detach().abs().max()) > 1e9:
+            return x
+        first, second = self.blocks
+        y = first(x)
+        x = first(second(y) * 2) + y
+        return self.head(second(x, weight=0.5))
+
+
+def guarded() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    net, plain = Guarded(True), Guarded(False)
+    plain.load_state_dict(net.state_dict())
+    return net, plain
+
+
+def test_parts_are_measured_as_the_whole_is():
+    (net, plain), x = guarded(), torch.randn(16, 3, 12, 10)
+    found, whole = measure(net, x), measure(plain, x)
+    pairs = {
+        "stem": "stem", "act": "act", "blocks_0_conv": "blocks_0_conv", "blocks_0_act": "act_1",
+        "blocks_0_add": "add", "blocks_1_conv": "blocks_1_conv", "blocks_0_1_conv": "blocks_0_conv_1",
+        "blocks_0_1_add": "add_2", "head_2": "head_2",
+    }  # fmt: skip
+    for name, other in pairs.items():
+        one, two = found[name], whole[other]
+        assert (one.op, one.shape) == (two.op, two.shape)
+        assert one.path.endswith(two.path)
+        assert (one.mean, one.std) == pytest.approx((two.mean, two.std), rel=1e-5)
+        assert one.gradient == pytest.approx(two.gradient, rel=1e-4)
+        assert one.details.keys() == two.details.keys()
+        for detail in {"skew", "coherence"} & one.details.keys():
+            assert one.details[detail] == pytest.approx(two.details[detail], rel=1e-4)
+    assert {record.path for record in found} >= {"stem", "act", "blocks.0.conv", "blocks.1.act", "head.2"}
+    assert sum(record.op == "ReLU" for record in found) == 4  # but for the call with a keyword
+    assert len({record.name for record in found}) == len(found)
+    assert "its parts alone are shown: torch.fx cannot follow Guarded" in found[0].note
+    assert net.training
+    assert net.stem.weight.requires_grad
+    assert net.stem.weight.grad is None
+    assert "forward" not in vars(net.stem)
+
+
+def test_parts_are_predicted_from_what_they_read():
+    (net, _), x = guarded(), torch.randn(64, 3, 16, 16)
+    found = measure(net, x)
+    pairs = [(r, p) for r, p in found.shown() if not r.path.startswith("head")]  # its pool is a guess
+    assert len(pairs) == 19
+    for record, predicted in pairs:
+        assert predicted is not None
+        assert predicted.std == pytest.approx(record.std, rel=0.15), record
+        if record.name == "act_input_1":
+            assert record.gradient is None  # the activation writes over it
+            continue
+        assert predicted.gradient == pytest.approx(record.gradient, rel=0.25), record
+    alone = normprop.predict(net, x)
+    read = [record for record in alone if record.op == "input"]
+    assert all((r.mean, r.std) == pytest.approx((0.0, 1.0), abs=1e-9) for r in read)
+    assert all(r.note.startswith("taken as N(0, 1): it comes from code that is not followed") for r in read)
+    assert "torch.fx cannot follow Guarded" in alone[0].note
+    assert alone["blocks.1.conv"].std == pytest.approx(
+        normprop.predict(Residual(nn.ReLU()), x.new_zeros(2, 8, 16, 16))["conv"].std, rel=0.1
+    )
+    assert [r.name for r in normprop.predict(net, x.to("meta"))] == [r.name for r in alone]
+
+
 # --- shown ----------------------------------------------------------------------------------------
 
 

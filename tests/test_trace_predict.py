@@ -779,7 +779,10 @@ def sibling(self, x):
 def test_a_write_through_another_name_is_refused(code):
     model = Code(code, conv=nn.Conv2d(3, 4, 3))
     with pytest.raises(TraceError, match=r"writes into '\w+', of which '\w+', read later, is another view"):
-        predict(model, randn(2, 3, 8, 8))
+        trace(model, randn(2, 3, 8, 8))
+    parts = predict(model, randn(2, 3, 8, 8))
+    assert [record.path for record in parts] == ["conv", "conv"]
+    assert "is another view" in parts[0].note
 
 
 def test_a_layer_with_a_forward_of_its_own_names_the_way_out():

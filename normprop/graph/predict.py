@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,14 +51,15 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
     :func:`normprop.measure` checks.
 
     Args:
-        model: Any model that torch.fx can follow; it is not changed.
-        example: An input, or a tuple of them; only shapes are read.
+        model: Any model; it is not changed.
+        example: An input, or a tuple of them; only shapes are read. Code that torch.fx cannot follow runs on it.
 
     Returns:
-        :class:`SignalTrace`: a record a node.
+        :class:`SignalTrace`: a record a node. Where torch.fx cannot follow the model's own code: one a node of
+        its parts, each taken to read N(0, 1), gradients being those of the part's own output.
 
     Raises:
-        TraceError: If torch.fx cannot follow the code.
+        TraceError: If torch.fx can follow neither the code nor any part.
         ValueError: If weights are on the meta device.
     """
     check_model(model)
@@ -68,8 +69,36 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
             f"predict reads the weights, and '{without[0]}' has no values (device meta): "
             "model.to_empty(device='cpu') and initialise it first"
         )
-    graph_module = tracing.trace(tracing.copied(model, model.parameters()), example)
-    return walk(graph_module).trace()
+    tracing.check_unwrapped(model)
+    twin = tracing.copied(model, model.parameters())
+    try:
+        return walk(tracing.trace(twin, example)).trace()
+    except tracing.TraceError as error:
+        reason = str(error)
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        inputs = tracing.as_inputs(example)
+        parts = tracing.parts(
+            twin, tuple(torch.zeros_like(x, device=device) if x.is_meta else x for x in inputs)
+        )
+        if not parts:
+            raise
+    records = [in_whole(part, record) for part in parts for record in walk(part.graph_module).trace()]
+    for record in records:
+        if record.op == "input":
+            record.note = "taken as N(0, 1): it comes from code that is not followed"
+    if records:
+        records[0].note += f" ({reason})"
+    return SignalTrace(records)
+
+
+def in_whole(part: tracing.Part, record: Record, call: int = 0) -> Record:
+    """A record of a part named as in the whole model; ``call`` counts the part's calls from 0."""
+    plain = part.path.replace(".", "_") + (f"_{call}" if call else "")
+    if part.alone and record.path:
+        return replace(record, name=plain, path=part.path)
+    return replace(
+        record, name=f"{plain}_{record.name.lstrip('_')}", path=tracing.below(part.path, record.path)
+    )
 
 
 class Walk:
@@ -77,6 +106,7 @@ class Walk:
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.graph_module = graph_module
+        self.given: dict[fx.Node, Signal] = {}  # what the graph's inputs are, if not N(0, 1)
         self.signals: dict[fx.Node, Signal | None] = {}
         self.factors: dict[fx.Node, list[tuple[fx.Node, Factor]]] = {}
         # The mean square at each position over that of all: zero padding takes from the borders.
@@ -135,7 +165,7 @@ class Walk:
         if node.op == "placeholder":
             value = node.meta.get("value")
             real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
-            self.signals[node] = Signal.gaussian() if real else None
+            self.signals[node] = self.given.get(node, Signal.gaussian()) if real else None
         elif node.op == "get_attr":
             tensor = _attribute(self.graph_module, str(node.target))
             real = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
@@ -622,9 +652,11 @@ class Walk:
         return SignalTrace(records)
 
 
-def walk(graph_module: fx.GraphModule) -> Walk:
-    """All nodes visited, in order."""
+def walk(graph_module: fx.GraphModule, inputs: Sequence[Signal] = ()) -> Walk:
+    """All nodes visited, in order; the graph's first inputs are as given, others N(0, 1)."""
     state = Walk(graph_module)
+    placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
+    state.given = dict(zip(placeholders, inputs, strict=False))
     for node in graph_module.graph.nodes:
         state.visit(node)
     return state

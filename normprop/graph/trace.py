@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -598,6 +598,50 @@ def calls_within(part: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module,
     except Exception:
         return None
     return {source[module]: args for module, args in calls.items()}
+
+
+class Part(NamedTuple):
+    """A part of a model, as a graph.
+
+    Attributes:
+        path: In the model.
+        module: The part.
+        graph_module: Its graph.
+        alone: Whether it is one of torch's layers, the only node of its graph.
+    """
+
+    path: str
+    module: nn.Module
+    graph_module: fx.GraphModule
+    alone: bool
+
+
+def parts(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Part]:
+    """The largest parts that torch.fx can follow, of a model that it cannot; in the model's order."""
+    found: dict[nn.Module, Part] = {}
+
+    def visit(part: nn.Module, path: str, calls: dict[nn.Module, Any]) -> None:
+        check_forward(part)
+        for name, child in part.named_children():
+            where, given = below(path, name), calls.get(child)
+            inner = calls
+            if child in found:
+                continue
+            if given is not None and "forward" not in vars(child):
+                alone = type(child).__module__.startswith("torch.nn.") and not isinstance(
+                    child, nn.Sequential
+                )
+                try:
+                    graph_module = trace(nn.Sequential(copy.copy(child)) if alone else child, given)
+                except TraceError:
+                    inner = calls_within(child, given) or {}
+                else:
+                    found[child] = Part(where, child, graph_module, alone)
+                    continue
+            visit(child, where, inner)
+
+    visit(model, "", calls_within(model, inputs) or {})
+    return list(found.values())
 
 
 class _Called(Exception):
