@@ -731,14 +731,25 @@ def test_a_tensor_in_the_code_is_no_new_key():
     assert list(converted.state_dict()) == ["conv.weight", "conv.bias", "conv.gain"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["code", "graph"],
-)
+@pytest.mark.parametrize("name", ["code", "graph", "rule", "by_mode", "graphs"])
 def test_any_attribute_may_be_the_users(name):
-    model = network()
-    setattr(model, name, "theirs")
-    convert(model, example=X.float())
+    inner = network()
+    expected = str(convert(nn.Sequential(inner), example=X.float(), strict=True))
+    model = nn.Sequential(inner)
+    for module in (model, inner, inner.conv1, inner.fc):
+        setattr(module, name, "theirs")
+    conversion = convert(model, example=X.float(), strict=True)
+    assert str(conversion) == expected
+    assert normprop.predict(model, X.float())["0.fc"].op == "Linear"
+    normprop.fold(conversion.model, verify=X.float())
+
+
+def test_upsampling_by_a_recomputed_factor_samples_the_same_grid():
+    up = nn.Upsample(scale_factor=1.7, mode="bilinear", recompute_scale_factor=True)
+    source = nn.Sequential(C(3, 8), B(8), nn.ReLU(), up, C(8, 8))
+    converted = convert(source, example=X.float()).model.eval()
+    y = converted.get_submodule("0")(X.float())
+    torch.testing.assert_close(converted.get_submodule("3")(y), up(y))
 
 
 # --- hooks and optimizers -----------------------------------------------------------------------

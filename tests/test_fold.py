@@ -242,6 +242,8 @@ JOINS = {
     "scaled": lambda self, x: 1 - 3 * self.a(x) / 2 + 0.5,
     "negated relu": lambda self, x: F.relu(-self.a(x)),
     "clamped": lambda self, x: self.a(x).clamp(min=-0.1),
+    "threshold": lambda self, x: F.threshold(self.a(x), 0.1, 0.1),
+    "another threshold": lambda self, x: F.threshold(self.a(x), 0.1, -0.3),
     "chunks": lambda self, x: torch.cat(self.a(x).chunk(2, 1), 1),
     "unpacked chunks": lambda self, x: (lambda y: torch.cat([y[1], y[0]], 1))(self.a(x).split(2, 1)),
     "flipped": lambda self, x: self.a(x).flip(2).transpose(2, 3).contiguous(),
@@ -724,6 +726,14 @@ def test_wrapped_models_name_what_to_pass(call):
     wrapped = nn.DataParallel(nn.Sequential(NormPropLinear(3, 2)))
     with pytest.raises(normprop.TraceError, match=r"model is wrapped in DataParallel: pass model\.module"):
         call(wrapped)
+
+
+def test_a_threshold_takes_the_constants_in():
+    """As a module or a function: no operation for the activation's mean and std."""
+    a, b = NormPropLinear(16, 16, activation="gelu"), NormPropLinear(16, 4, activation=None)
+    function = Code(lambda self, x: self.b(F.threshold(self.a(x), 0.1, 0.1)), a=a, b=b)
+    for net in (nn.Sequential(a, nn.Threshold(0.1, 0.1), b), function):
+        assert sum(node.op.startswith("call") for node in fold(net).graph.nodes) == 4
 
 
 # --- code that torch.fx cannot follow ------------------------------------------------------------

@@ -785,6 +785,47 @@ def test_a_write_through_another_name_is_refused(code):
     assert "is another view" in parts[0].note
 
 
+def test_an_adaptive_pool_that_enlarges_repeats():
+    for pool in (nn.AdaptiveAvgPool2d(7), nn.AdaptiveMaxPool2d(7)):
+        record = predict(nn.Sequential(nn.Conv2d(3, 32, 3), pool), randn(2, 3, 5, 5))["1"]
+        before = predict(nn.Conv2d(3, 32, 3), randn(2, 3, 5, 5))[-1]
+        assert (record.mean, record.std) == pytest.approx((before.mean, before.std), rel=0.1, abs=0.1)
+        assert record.std > 0
+
+
+W, SHIFT = torch.full((64,), 3.0), torch.linspace(-1, 2, 64)
+NORMS = {
+    "layer_norm": lambda self, x: F.layer_norm(x, (64,), W.to(x), SHIFT.to(x)),
+    "layer_norm, keywords": lambda self, x: F.layer_norm(x, (64,), bias=SHIFT.to(x), weight=W.to(x)),
+    "layer_norm, plain": lambda self, x: F.layer_norm(x, (64,)),
+    "group_norm": lambda self, x: F.group_norm(x, 2, W.to(x), SHIFT.to(x)),
+    "batch_norm": lambda self, x: F.batch_norm(x, None, None, W.to(x), SHIFT.to(x), True),
+    "rms_norm": lambda self, x: F.rms_norm(x, (64,), W.to(x)),
+    "RMSNorm": nn.RMSNorm(64),
+    "LayerNorm": nn.LayerNorm(64),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_norms_keep_their_weights_and_biases(norm):
+    torch.manual_seed(0)
+    last = norm if isinstance(norm, nn.Module) else Code(norm)
+    if isinstance(norm, nn.Module):
+        norm.weight.data.normal_()
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), last).double()
+    measured = normprop.measure(net, randn(4096, 64).double())
+    one, two = measured.records[-1], measured.predicted.records[-1]
+    assert not two.note
+    assert two.mean == pytest.approx(one.mean, abs=0.1 * one.std)
+    assert two.std == pytest.approx(one.std, rel=0.1)
+    assert measured.predicted["1"].gradient == pytest.approx(measured["1"].gradient, rel=0.1)
+
+
+def test_a_norm_without_rule_says_so():
+    record = predict(nn.Sequential(nn.Conv2d(3, 8, 3), nn.LocalResponseNorm(2)), randn(2, 3, 9, 9))["1"]
+    assert record.note == "no rule for LocalResponseNorm: taken as N(0, 1)"
+
+
 def test_a_layer_with_a_forward_of_its_own_names_the_way_out():
     class Causal(normprop.NormPropConv1d):
         def forward(self, x):

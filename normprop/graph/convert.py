@@ -21,7 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from normprop.functional import RECOMMENDED, NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.rewrite import Rewriter
-from normprop.graph.trace import TraceError, below, has, place
+from normprop.graph.trace import ByMode, TraceError, below, has, place
 from normprop.modules import NormPropLayer, check_model
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
@@ -277,7 +277,7 @@ def _lost_methods(model: nn.Module, result: nn.Module) -> list[str]:
 def _read_elsewhere(result: nn.Module) -> list[str]:
     """Weights of NormProp layers that the code of a graph reads too."""
     weights = {id(m.weight) for m in result.modules() if isinstance(m, NormPropLayer)}
-    graphs = [*getattr(result, "graphs", {}).values(), *result.modules()]
+    graphs = [*(result.graphs.values() if isinstance(result, ByMode) else ()), *result.modules()]
     nodes = [node for g in graphs if isinstance(g, fx.GraphModule) for node in g.graph.nodes]
     read = {str(node.target) for node in nodes if node.op == "get_attr" and node.users}
     named = dict(result.named_parameters(remove_duplicate=False))
@@ -340,41 +340,6 @@ def _is_data(x: Tensor) -> bool:
         return scaled and x.ndim < 3
     alike = ((x[..., 1:] - mean) * (x[..., :-1] - mean)).mean() / var
     return bool(alike > 0.1)
-
-
-class ByMode(nn.Module):
-    """Two graphs over the same modules: one for ``train()``, one for ``eval()``.
-
-    A graph holds the path that the code took; where the code asks ``self.training`` (auxiliary
-    heads, functional dropout), there are two.
-    """
-
-    by_mode = True
-
-    def __init__(self, train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
-        super().__init__()
-        # One tree of modules; the graphs only look into it.
-        for graph in (train, evaluation):
-            for name, module in graph.named_modules():
-                if not has(self, name):
-                    place(self, name, module)
-            for table in ("_parameters", "_buffers"):
-                for name, value in getattr(graph, table).items():
-                    getattr(self, table).setdefault(name, value)
-        self.graphs = {True: train, False: evaluation}
-        self._share()
-
-    def _share(self) -> None:
-        for graph in self.graphs.values():
-            for table in ("_modules", "_parameters", "_buffers"):
-                graph.__dict__[table] = getattr(self, table)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._share()  # a copy's graphs came with tables of their own
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.graphs[self.training](*args, **kwargs)
 
 
 class Converter:

@@ -118,7 +118,7 @@ def _parts_folded(model: nn.Module, inputs: Any, dtype: torch.dtype) -> nn.Modul
             calls = tracing.calls_within(part, inputs) or {}
         for name, child in list(part.named_children()):
             where, ours = below(path, name), tracing.home_of_forward(child) in tracing.OURS
-            graph = isinstance(child, fx.GraphModule) or hasattr(child, "by_mode")
+            graph = isinstance(child, (fx.GraphModule, tracing.ByMode))
             if ours and hasattr(child, "fuse"):
                 tracing.put_in_place_of(child, child.fuse(), model)  # type: ignore[operator]
             elif ours or graph or type(child) is nn.Sequential:
@@ -154,8 +154,7 @@ def _hooks(module: nn.Module) -> bool:
 
 def _drops(node: fx.Node) -> bool:
     """Whether it is a dropout, written as a function, that draws in eval mode too."""
-    training = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", True)
-    return key(node) == "dropout" and bool(training)
+    return key(node) == "dropout" and bool(tracing.argument(node, 2, "training", True))
 
 
 def _is_plain_layer(module: Any) -> bool:
@@ -302,9 +301,9 @@ class _Folder:
         if module is not None:
             place(self.root, str(node.target), module)
         elif node.op == "get_attr":
-            path, _, name = str(node.target).rpartition(".")
+            path = str(node.target).rpartition(".")[0]
             if path in self.calls:  # what stands there will be a layer with other numbers
-                return _Value(self.buffer(str(node.target), getattr(self.source.get_submodule(path), name)))
+                return _Value(self.buffer(str(node.target), tracing.attribute(self.source, node)))
             self.attribute(str(node.target))
         return _Value(self.graph.node_copy(node, lambda n: self.values[n].node))
 
@@ -434,12 +433,11 @@ class _Folder:
     def weight_layer(self, node: fx.Node, layer: Any) -> _Value:
         """A linear map that takes in what waits before it; then the activation."""
         path = str(node.target)
-        rule = getattr(layer, "rule", None)
         source = tensor_inputs(node)[0]
-        if rule is None:
-            plain, mean, std, activation = copy.deepcopy(layer), 0.0, 1.0, None
-        else:
+        if tracing.is_normprop(layer):
             (plain, mean, std), activation = layer.plain(), layer.activation
+        else:
+            plain, mean, std, activation = copy.deepcopy(layer), 0.0, 1.0, None
         held = self.values[source]
         one_sided = getattr(plain, "padding", None) == "same" and _padding(plain) is None
         exact = held.b == 0.0 or not one_sided or all(k == 1 for k in plain.kernel_size)

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn import grad as input_gradients
+from torch.nn.modules.batchnorm import _NormBase
 
 from normprop import activations, functional, pools
 from normprop.data_norm import DATA_NORMS
 from normprop.graph import trace as tracing
-from normprop.graph.trace import key, shape, tensor_inputs
+from normprop.graph.trace import argument, key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, RectifiedSum, ShiftedReLU, Standardize
 from normprop.modules import NormalizedActivation, check_model
 from normprop.records import LAYOUT, Record, SignalTrace
@@ -36,6 +37,15 @@ Result = tuple[Signal, list[Any]]
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
 # Over dims that the code names, as tracing.POOLS has pools.
 _REDUCTIONS = {"mean": ("avg", True, 0), "sum": ("avg", True, 0), "amax": ("max", True, 0)}
+_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+# Where their weights and biases stand as arguments.
+_FUNCTIONAL_NORMS = {
+    "batch_norm": (3, 4),
+    "instance_norm": (3, 4),
+    "layer_norm": (2, 3),
+    "group_norm": (2, 3),
+    "rms_norm": (2, 4),
+}
 _GLOBAL = 49  # positions of a global pool where sizes are unknown: 7x7
 _AVERAGES = (pools.AvgPool, pools.AdaptiveAvgPool)
 _MAXIMA = (pools.MaxPool, pools.AdaptiveMaxPool)
@@ -167,7 +177,7 @@ class Walk:
             real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
             self.signals[node] = self.given.get(node, Signal.gaussian()) if real else None
         elif node.op == "get_attr":
-            tensor = _attribute(self.graph_module, str(node.target))
+            tensor = tracing.attribute(self.graph_module, node)
             real = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
             self.signals[node] = Signal.of(tensor) if real and tensor.numel() else None
         else:
@@ -249,10 +259,10 @@ class Walk:
         pooled = self._pool(node, module, what, inputs[0])
         if pooled is not None:
             return pooled
-        if module is not None and (tracing.is_batch_norm(module) or "Norm" in type(module).__name__):
+        if isinstance(module, _NORMS):
             return self._norm(node, module, inputs[0])
-        if what in ("batch_norm", "layer_norm", "group_norm", "instance_norm"):
-            return first.standardized(), [1 / max(first.var, 1e-12)] + [0.0] * (len(inputs) - 1)
+        if what in _FUNCTIONAL_NORMS:
+            return self._functional_norm(node, what, inputs)
         if isinstance(module, nn.Softmax) or what == "softmax":
             return self._softmax(node, module, inputs[0])
         if what in ("matmul", "einsum") and len(inputs) == 2:
@@ -488,9 +498,8 @@ class Walk:
         if module is not None:
             value = getattr(module, "value", None)  # reflections and copies have none
         else:
-            mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
-            value = (value or 0.0) if mode == "constant" else None
+            constant = argument(node, 2, "mode", "constant") == "constant"
+            value = (argument(node, 3, "value") or 0.0) if constant else None
         if (
             not isinstance(value, (int, float))
             or not math.isfinite(value)
@@ -509,15 +518,13 @@ class Walk:
             return None
         kind, adaptive, spatial = found
         signal, before, after = self._signal(source), shape(source), shape(node)
-        if adaptive:
-            count = math.prod(before) // max(1, math.prod(after)) if before and after else _GLOBAL
+        size: Any = (
+            argument(node, 1, "kernel_size", 1) if module is None else getattr(module, "kernel_size", 1)
+        )
+        if adaptive or tracing.nodes_in(size):  # or it is made of the map's own size
+            count = max(1, math.prod(before) // max(1, math.prod(after))) if before and after else _GLOBAL
         else:
-            size: Any = getattr(module, "kernel_size", node.kwargs.get("kernel_size", 1))
-            size = node.args[1] if module is None and len(node.args) > 1 else size
-            if tracing.has_node(size):  # made of the map's own size
-                count = math.prod(before) // max(1, math.prod(after)) if before and after else _GLOBAL
-            else:
-                count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
+            count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
         if count == 1:
             return signal, [1.0]
         self.evens[node] = float(kind == "avg")
@@ -548,9 +555,11 @@ class Walk:
             shift = shift - module.running_mean.double().cpu() * scale
             ready, unit = signal, 1.0
         else:
-            # Behind a weight layer each channel is Gaussian, however its channels differ.
-            ready = signal.standardized() if within is None else Signal.gaussian()
-            unit = max(signal.var if within is None else within, 1e-12)
+            ready, size = _normalized(signal, isinstance(module, nn.RMSNorm))
+            unit = size**2
+            if within is not None and not isinstance(module, nn.RMSNorm):
+                # Behind a weight layer each channel is Gaussian, however its channels differ.
+                ready, unit = Signal.gaussian(), max(within, 1e-12)
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
         exact = None if act is None else copy.deepcopy(act).double().cpu()
         finish = exact if exact is not None else _same
@@ -559,11 +568,20 @@ class Walk:
         self.evens[node] = _even_share((scale * slope).square(), result, passing)
         return result, [lambda density: passing(density) / unit]
 
+    def _functional_norm(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
+        result, size = _normalized(self._signal(inputs[0]), what == "rms_norm")
+        weight, bias = _FUNCTIONAL_NORMS[what]
+        passes = size**-2
+        if (scale := self.signals.get(argument(node, weight, "weight"))) is not None:
+            result, passes = result.times(scale), passes * scale.rms**2
+        if (shift := self.signals.get(argument(node, bias, "bias"))) is not None:
+            result = result.plus(shift)
+        return result, [passes] + [0.0] * (len(inputs) - 1)
+
     def _softmax(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         self.notes[node] = "softmax of independent logits"
         self.evens[node] = 0.0
-        named = getattr(module, "dim", node.kwargs.get("dim"))
-        dim: Any = node.args[1] if len(node.args) > 1 else named
+        dim: Any = argument(node, 1, "dim") if module is None else module.dim
         size = (shape(node) or (2,))[-1 if dim is None else dim]
         signal, _ = self._signal(source).apply(torch.exp)
         result = signal.affine(1 / (size * signal.mean))
@@ -600,8 +618,7 @@ class Walk:
             if density is None:
                 continue
             mean = float((signal.weights * density).sum())
-            place = places.get(node, torch.ones(positions(node), dtype=torch.float64))
-            place = place / place.mean()
+            place = _even_out(places.get(node, torch.ones(positions(node), dtype=torch.float64)))
             even = min(1.0, evens.get(node, 0.0) / mean) if mean > 0 else 0.0
             even = 1.0 if math.prod(positions(node)) == 1 else even
             for source, factor in self.factors.get(node, ()):
@@ -617,7 +634,7 @@ class Walk:
                     there = torch.ones(positions(source), dtype=torch.float64)
                 share = share * there.mean()
                 densities[source] = densities.get(source, 0.0) + share
-                there = there / there.mean() * (read.weights * share).sum()
+                there = _even_out(there) * (read.weights * share).sum()
                 places[source] = places.get(source, 0.0) + there
         return {
             node: math.sqrt((self._signal(node).weights * density).sum().clamp_min(0.0))  # keeps NaN
@@ -679,6 +696,12 @@ def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, densi
     return factor**2 * (_interpolate(sums, total.values, density) * rest.weights).sum(1)
 
 
+def _normalized(signal: Signal, raw: bool) -> tuple[Signal, float]:
+    """Divided by its std, or root mean square if ``raw``, and what that is; centred if not ``raw``."""
+    size = max(signal.rms if raw else signal.std, 1e-6)
+    return (signal.affine(1 / size) if raw else signal.standardized()), size
+
+
 def _same(values: Tensor) -> Tensor:
     return values
 
@@ -699,11 +722,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, bool, torch.Size)) or (
         isinstance(value, (tuple, list)) and not any(isinstance(v, Tensor) for v in value)
     )
-
-
-def _attribute(root: nn.Module, target: str) -> Any:
-    path, _, name = target.rpartition(".")
-    return getattr(root.get_submodule(path), name)
 
 
 def path_of(node: fx.Node) -> str:
@@ -736,10 +754,10 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
     gain: Any = exact(getattr(layer, "gain", None))
     bias: Any = exact(layer.bias)
     weight = exact(getattr(layer, "weight", None))
-    rule = getattr(layer, "rule", None)
-    if rule is None:
+    if not tracing.is_normprop(layer):
         assert weight is not None
         return weight, bias, _same
+    rule = layer.rule
     if weight is None:  # NormalizedActivation
         weight = torch.empty(0)
     else:
@@ -932,7 +950,7 @@ def _taps(node: fx.Node, layer: Any) -> _Taps | None:
         return None
     padding = layer.padding
     if node.op == "call_function":
-        padding = node.args[4] if len(node.args) > 4 else node.kwargs.get("padding", 0)
+        padding = argument(node, 4, "padding", 0)
     if padding == "same":
         padding = [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
     elif isinstance(padding, (str, int)):

@@ -19,7 +19,7 @@ from normprop.functional import NormRule
 from normprop.graph import trace as tracing
 from normprop.graph.lighten import lighten_
 from normprop.graph.predict import Walk
-from normprop.graph.trace import below, has, key, place, shape, tensor_inputs
+from normprop.graph.trace import argument, below, has, key, place, shape, tensor_inputs
 
 if TYPE_CHECKING:
     from normprop.graph.convert import Converter
@@ -107,8 +107,7 @@ class Flow:
                 return self.inputs[self.count - 1]
             return node.args[0] if node.args else {} if str(node.target).startswith("**") else ()
         if node.op == "get_attr":
-            path, _, name = str(node.target).rpartition(".")
-            return getattr(self.graph_module.get_submodule(path), name)
+            return tracing.attribute(self.graph_module, node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         if "dropout" in key(node) and node.op == "call_function":
             return args[0]  # the constants are those of eval mode
@@ -293,7 +292,7 @@ class Rewriter:
     def weight_reason(self, node: fx.Node) -> str | None:
         """Why a weight layer is left; empty if it is converted, None if it is none."""
         source = tracing.weight_source(self.graph_module, node)
-        if source is None or hasattr(source[1], "rule"):
+        if source is None or tracing.is_normprop(source[1]):
             return None
         path, layer = source
         if tracing.is_parametrized(layer):
@@ -467,7 +466,7 @@ class Rewriter:
         if head.op == "call_function":  # F.conv2d(x, self.weight, ...): its padding is the call's
             layer = copy.copy(layer)
             if isinstance(layer, nn.modules.conv._ConvNd):
-                layer.padding = head.args[4] if len(head.args) > 4 else head.kwargs.get("padding", 0)  # type: ignore
+                layer.padding = argument(head, 4, "padding", 0)
         if self.preserve:
             new = self._preserved(kind, layer, norm, chain.activation)
         else:
@@ -786,7 +785,7 @@ class Rewriter:
         else:
             path = self.install(node, "pool", pool, name)
         new = self.replace(node, path, (source,))
-        if key(node) == "mean" and not _argument(node, 2, "keepdim", False):
+        if key(node) == "mean" and not argument(node, 2, "keepdim", False):
             self.flow.visit(new)
             with self.graph.inserting_after(new):
                 flat = self.graph.call_function(torch.flatten, (new, 1))
@@ -848,29 +847,26 @@ class Rewriter:
         for _ in range(8):
             module = self.module(node)
             phi = getattr(module, "activation", None)
-            if isinstance(phi, nn.Module) and hasattr(module, "rule"):
+            if isinstance(phi, nn.Module) and tracing.is_normprop(module):
                 return _out_of_place(phi)
             found = tracing.activation_of(node, module)
             if found is not None:
                 return _out_of_place(found)
             inputs = tensor_inputs(node)
-            if not inputs or hasattr(module, "rule"):
+            if not inputs or tracing.is_normprop(module):
                 return None
             node = inputs[0]
         return None
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any) -> Any:
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
 def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | None) -> nn.Module | None:
     """The normalised twin of a pool; None if the node is none, is one already, or returns indices."""
-    if type(module) is nn.Upsample and module.mode in ("linear", "bilinear", "bicubic", "trilinear"):
+    modes = ("linear", "bilinear", "bicubic", "trilinear")
+    if type(module) is nn.Upsample and module.mode in modes and not module.recompute_scale_factor:
         return pools.NormalizedUpsample(module.size, module.scale_factor, module.mode, module.align_corners)
     name = key(node) if module is None else type(module).__name__
     if name == "mean" and module is None:
-        dims = _argument(node, 1, "dim", None)
+        dims = argument(node, 1, "dim", None)
         size = shape(tensor_inputs(node)[0])
         spatial = isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
         return (
@@ -887,7 +883,7 @@ def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | N
     else:
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     if given.pop("return_indices", False) or any(
-        tracing.has_node(v) for n, v in given.items() if n != "input"
+        tracing.nodes_in(v) for n, v in given.items() if n != "input"
     ):
         return None
     options = {n: value for n, value in given.items() if n not in ("input", "inplace")}

@@ -28,6 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from normprop import activations, pools
+from normprop.modules import NormalizedActivation, NormPropLayer
 
 WEIGHT_LAYERS = (
     nn.Linear,
@@ -124,11 +125,7 @@ class _Concrete:
         return value
 
 
-class _Missing:
-    pass
-
-
-_MISSING = _Missing()
+_MISSING: Any = object()
 
 
 class _Proxy(_Concrete, fx.Proxy):
@@ -146,7 +143,7 @@ def home_of_forward(module: nn.Module) -> str:
 
 def check_forward(module: nn.Module) -> None:
     """Raises TraceError for a subclass of a NormProp layer that computes something else."""
-    if hasattr(module, "rule") and not home_of_forward(module).startswith("normprop."):
+    if is_normprop(module) and not home_of_forward(module).startswith("normprop."):
         raise TraceError(
             f"{type(module).__name__} gives a NormProp layer a forward of its own: make it a module that holds the "
             "layer and calls it"
@@ -260,9 +257,9 @@ class _Tracer(fx.Tracer):
             return node.args[0]
         if node.op == "get_attr":
             try:
-                return operator.attrgetter(str(node.target))(self.shadow)
+                return attribute(self.shadow, node)
             except AttributeError:  # a tensor that the code made and fx keeps as a constant
-                return operator.attrgetter(str(node.target))(self.root).to("meta")
+                return attribute(self.root, node).to("meta")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
         if node.op == "call_module":
             return self.shadow.get_submodule(str(node.target))(*args, **kwargs)
@@ -321,8 +318,8 @@ def trace(
     inputs = None
     if example is not None:
         inputs = tuple(t.to("meta") for t in as_inputs(example))
-    if hasattr(model, "by_mode"):
-        model = model.graphs[model.training]  # type: ignore[index, operator, assignment]
+    if isinstance(model, ByMode):
+        model = model.graphs[model.training]
     if is_weight_layer(model) or is_batch_norm(model) or type(model).__module__ in OURS:
         model = nn.Sequential(model)
     several = [
@@ -566,6 +563,39 @@ def by_mode(model: nn.Module, example: Any = None) -> dict[bool, fx.GraphModule]
     return graphs
 
 
+class ByMode(nn.Module):
+    """Two graphs over the same modules: one for ``train()``, one for ``eval()``.
+
+    A graph holds the path that the code took; where the code asks ``self.training`` (auxiliary
+    heads, functional dropout), there are two.
+    """
+
+    def __init__(self, train: fx.GraphModule, evaluation: fx.GraphModule) -> None:
+        super().__init__()
+        # One tree of modules; the graphs only look into it.
+        for graph in (train, evaluation):
+            for name, module in graph.named_modules():
+                if not has(self, name):
+                    place(self, name, module)
+            for table in ("_parameters", "_buffers"):
+                for name, value in getattr(graph, table).items():
+                    getattr(self, table).setdefault(name, value)
+        self.graphs = {True: train, False: evaluation}
+        self._share()
+
+    def _share(self) -> None:
+        for graph in self.graphs.values():
+            for table in ("_modules", "_parameters", "_buffers"):
+                graph.__dict__[table] = getattr(self, table)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()  # a copy's graphs came with tables of their own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.graphs[self.training](*args, **kwargs)
+
+
 def calls_within(part: nn.Module, inputs: tuple[Tensor, ...]) -> dict[nn.Module, Any] | None:
     """With what each module in a part is called: tensors, or None if that is no plain call of tensors.
 
@@ -705,12 +735,6 @@ def writes_in_place(root: nn.Module, node: fx.Node) -> bool:
         or bool(node.kwargs.get("inplace"))
         or (node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"))
         or (node.op == "call_function" and node.target in _IN_PLACE)
-        or (
-            node.op == "call_function"
-            and key(node) in _INPLACE_POSITIONS
-            and len(node.args) > _INPLACE_POSITIONS[key(node)]
-            and node.args[_INPLACE_POSITIONS[key(node)]] is True
-        )
     )
 
 
@@ -787,9 +811,6 @@ def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
         module = module_of(graph_module, node)
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[union-attr, assignment]
-        position = _INPLACE_POSITIONS.get(key(node))
-        if position is not None and node.op == "call_function" and len(node.args) > position:
-            node.args = (*node.args[:position], False, *node.args[position + 1 :])
         if node.kwargs.get("inplace"):
             node.kwargs = {**node.kwargs, "inplace": False}
         if node.op == "call_function" and node.target in _IN_PLACE:
@@ -815,15 +836,6 @@ _IN_PLACE: dict[Any, Any] = {
     operator.isub: operator.sub,
     operator.imul: operator.mul,
     operator.itruediv: operator.truediv,
-}
-_INPLACE_POSITIONS = {
-    "relu": 1,
-    "relu6": 1,
-    "silu": 1,
-    "hardswish": 1,
-    "leaky_relu": 2,
-    "elu": 2,
-    "dropout": 3,
 }
 
 
@@ -890,6 +902,11 @@ def guess_example(model: nn.Module) -> Tensor | None:
     return torch.empty(1, *size, device="meta", dtype=None if first is None else first.weight.dtype)
 
 
+def is_normprop(module: Any) -> bool:
+    """Whether it is a layer that follows a rule, or a normalised activation."""
+    return isinstance(module, (NormPropLayer, NormalizedActivation))
+
+
 def is_weight_layer(module: Any) -> bool:
     """A linear or (transposed) convolution layer that computes what torch's computes."""
     return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in WEIGHT_LAYERS)
@@ -897,7 +914,7 @@ def is_weight_layer(module: Any) -> bool:
 
 def is_batch_norm(module: Any) -> bool:
     """A BatchNorm layer, timm's with activation and SyncBatchNorm included."""
-    return isinstance(module, _BatchNorm) and "InstanceNorm" not in type(module).__name__
+    return isinstance(module, _BatchNorm)
 
 
 _OWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -948,7 +965,7 @@ def key(node: fx.Node) -> str:
 _SAME = {
     "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
     "concat": "cat", "concatenate": "cat", "multiply": "mul", "divide": "div", "subtract": "sub",
-    "bmm": "matmul",
+    "bmm": "matmul", "_threshold": "threshold",
 }  # fmt: skip
 
 
@@ -983,7 +1000,7 @@ def weight_source(graph_module: nn.Module, node: fx.Node) -> tuple[str, nn.Modul
     """Path and module of a weight layer that a node computes; ``F.conv2d(x, self.weight)`` counts."""
     module = module_of(graph_module, node)
     if module is not None:
-        ours = isinstance(module, WEIGHT_LAYERS) and hasattr(module, "gain")
+        ours = isinstance(module, NormPropLayer)
         return (str(node.target), module) if ours or is_weight_layer(module) else None
     if node.op != "call_function" or key(node) not in _FUNCTIONAL_WEIGHTS or len(node.args) < 2:
         return None
@@ -1032,11 +1049,26 @@ def is_parametrized(module: nn.Module) -> bool:
     return parametrize.is_parametrized(module) or "weight" not in module._parameters
 
 
-def has_node(value: Any) -> bool:
-    """Whether an argument, or a part of it, is computed in the graph."""
+def nodes_in(value: Any) -> list[fx.Node]:
+    """What of an argument, or of a part of it, is computed in the graph: in order, each as often as it is named."""
     found: list[fx.Node] = []
-    fx.node.map_arg(value, found.append)
-    return bool(found)
+
+    def note(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(value, note)
+    return found
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """A function's or method's argument, by its place or its name."""
+    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+
+
+def attribute(root: nn.Module, node: fx.Node) -> Any:
+    """What a ``get_attr`` node reads."""
+    return operator.attrgetter(str(node.target))(root)
 
 
 def shape(node: Any) -> tuple[int, ...] | None:
@@ -1047,14 +1079,7 @@ def shape(node: Any) -> tuple[int, ...] | None:
 
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes that a node reads, in order, each as often as it is named."""
-    found: list[fx.Node] = []
-
-    def note(n: fx.Node) -> fx.Node:
-        found.append(n)
-        return n
-
-    fx.node.map_arg((node.args, node.kwargs), note)
-    return found
+    return nodes_in((node.args, node.kwargs))
 
 
 def owner(node: fx.Node) -> str:
