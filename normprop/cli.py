@@ -373,14 +373,11 @@ if typer is not None:
         json: Json = False,
     ) -> None:
         """Time and memory of a training step as a ratio to no normalisation, contenders interleaved."""
-        from normprop.recipes import InputError
+        from normprop.recipes import check_choice
         from normprop.recipes.bench import Case, bench as run_all
 
         for mode in modes.split(","):
-            if mode not in ("eager", "compiled", "cudagraphs"):
-                raise InputError(
-                    f"--modes {mode}: expected eager, compiled, cudagraphs, separated by commas"
-                )
+            check_choice("--modes", mode, ("eager", "compiled", "cudagraphs"))
         cases = [
             Case(
                 model,
@@ -641,11 +638,10 @@ def _model(spec: str, size: str | None) -> tuple[Any, Any]:
 def _converted(
     spec: str, network: Any, example: Any, preserve: bool, rule: str = "recommended", strict: bool = False
 ) -> Any:
-    from normprop.recipes import InputError
+    from normprop.recipes import InputError, check_choice
 
     rules = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
-    if rule not in rules:
-        raise InputError(f"--rule {rule}: expected one of {', '.join(rules)}")
+    check_choice("--rule", rule, rules)
     try:
         return normprop.convert(network, rules[rule], preserve, strict, example=example)
     except normprop.ConversionError as error:

@@ -181,7 +181,7 @@ class GlobalDataNorm(nn.Module):
             )
         dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
         std = torch.where(self.std > 0, self.std, 1.0)
-        # Truth values cannot be subtracted from.
+        # Booleans cannot be subtracted.
         x = input.to(dtype) if input.dtype == torch.bool else input
         return ((x - self.mean) / std).to(dtype)
 

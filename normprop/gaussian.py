@@ -21,8 +21,8 @@ Phi = Callable[[Tensor], Tensor]
 REACH = 12.0
 # Panel edges in standard deviations, and in units of u around the origin, where activations bend.
 # With 20 nodes a panel, functions whose poles are no nearer to the real line than tanh's are
-# integrated to float64 rounding. The former are off-centre, so that they do not fall on a kink at
-# the mean: a kink's edge must be free to move.
+# integrated to float64 rounding. Those in standard deviations avoid 0, so that a kink at the mean
+# keeps an edge of its own.
 _STD_EDGES = (-REACH, *(float(t) for t in np.arange(-REACH + math.e, REACH, 3)), REACH)
 _UNIT_EDGES = (-27.0, -9.0, -3.0, -1.0, 0.0, 1.0, 3.0, 9.0, 27.0)
 _NODES, _WEIGHTS = (tuple(a.tolist()) for a in np.polynomial.legendre.leggauss(20))

@@ -105,7 +105,7 @@ class NormalizedAdd(nn.Module):
     (docs/method.md, section 6); that is :meth:`residual`.
 
     Args:
-        weights: One a branch, in the order of ``forward``'s arguments; their length is irrelevant.
+        weights: One a branch, in the order of ``forward``'s arguments; only their ratios matter.
         learnable: Whether they are trained: parameter ``weight``, shape ``(branches,)``, divided by
             its length in ``forward``.
         stds: Of the branches, where they are not of variance 1: each is divided by its own. A branch
@@ -267,7 +267,7 @@ class NormalizedCat(nn.Module):
 
     Args:
         dim: Where the parts are joined.
-        weights: One a part, their length is irrelevant; None for ``torch.cat`` as it is.
+        weights: One a part, only their ratios matter; None for ``torch.cat`` as it is.
 
     Shape:
         Parts as arguments or as one list or tuple, to their concatenation.

@@ -221,7 +221,7 @@ def _scale_by_logarithm(axis: Any, span: float) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if span < 100 else (1.0, 3.0)))
         axis.yaxis.set_major_formatter("{x:g}")
     low, high = axis.get_ylim()
-    axis.set_ylim(low / 2, high * 2)  # a tenth more or less is not a gulf
+    axis.set_ylim(low / 2, high * 2)  # small differences should look small
 
 
 def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names: list[str]) -> None:

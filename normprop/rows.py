@@ -197,12 +197,9 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
 
     The compiler takes no ``apply`` of :class:`_Positional` arguments without a gradient.
     """
-    if in_forward_mode():
-        return function.forward(*args)  # type: ignore[no-untyped-call]
+    plain = in_forward_mode() or (torch.jit.is_tracing() and not torch.compiler.is_compiling())
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    if torch.compiler.is_compiling() or not torch.jit.is_tracing():
-        return function.apply(*args) if wanted else function.forward(*args)  # type: ignore[no-untyped-call]
-    return function.forward(*args)
+    return function.apply(*args) if wanted and not plain else function.forward(*args)  # type: ignore[no-untyped-call]
 
 
 class Numbers(NamedTuple):

@@ -42,17 +42,10 @@ class Signal:
     weights: Tensor
 
     @classmethod
-    def gaussian(cls, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Signal:
-        """N(mean, std^2); given tensors, the mixture of their channels in equal parts."""
-        means, stds = torch.broadcast_tensors(
-            *(torch.as_tensor(v).detach().double().cpu() for v in (mean, std))
-        )
-        means, stds = means.reshape(-1), stds.reshape(-1).abs()
-        if len(means) > 1 and bool((means == means[0]).all() & (stds == stds[0]).all()):
-            means, stds = means[:1], stds[:1]
-        z, w = gaussian_nodes(_NODES if len(means) == 1 else 96)
-        values = means[:, None] + stds[:, None] * z
-        return cls.of(values, w.expand_as(values))
+    def gaussian(cls, mean: float = 0.0, std: float = 1.0) -> Signal:
+        """N(mean, std^2)."""
+        z, w = gaussian_nodes(_NODES)
+        return cls.of(mean + abs(std) * z, w)
 
     @classmethod
     def constant(cls, value: float) -> Signal:

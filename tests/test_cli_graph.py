@@ -136,7 +136,7 @@ def test_strict_tells_what_cannot_be_converted(folder, capsys):
     assert "1 skipped" in capsys.readouterr().out
     assert run(*arguments, "--strict", "--out", "net.pt") == 2
     error = capsys.readouterr().err
-    assert error.startswith("normprop: MODEL graphmodels:no_statistics: 1 sites cannot be converted: 1: ")
+    assert error.startswith("normprop: MODEL graphmodels:no_statistics: 1 site cannot be converted: 1: ")
     assert error.count("\n") == 1
     assert files(folder) == []
 

@@ -6,6 +6,7 @@ import io
 import math
 import pickle
 import re
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -695,9 +696,12 @@ def test_an_optional_input_that_is_not_given():
 def test_no_warning_of_a_weight_read_by_a_function():
     torch.set_warn_always(True)  # torch warns of this once a process
     try:
-        convert(prepared(SITES["functional conv"][0]), example=randn(*SITES["functional conv"][1]))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            convert(prepared(SITES["functional conv"][0]), example=randn(*SITES["functional conv"][1]))
     finally:
         torch.set_warn_always(False)
+    assert not seen
 
 
 def test_a_model_without_data():
@@ -776,8 +780,12 @@ def test_hooks_are_kept_or_listed(names):
 
 def test_a_hook_with_keyword_arguments():
     model = network()
-    model.conv1.register_forward_hook(lambda m, args, kwargs, y: None, with_kwargs=True)
-    convert(model, example=X.float()).model(X.float())
+    seen = []
+    model.conv1.register_forward_hook(lambda m, args, kwargs, y: seen.append(m), with_kwargs=True)
+    net = convert(model, example=X.float()).model
+    seen.clear()
+    net(X.float())
+    assert seen == [net.conv1]
 
 
 def stepped(model, optimizer):

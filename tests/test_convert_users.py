@@ -150,7 +150,7 @@ def test_torchscript_is_skipped_with_the_way_out():
         assert (
             site.target == "TorchScript cannot be followed: convert the Python model that it was made from"
         )
-        with pytest.raises(normprop.ConversionError, match="1 sites cannot be converted"):
+        with pytest.raises(normprop.ConversionError, match="1 site cannot be converted"):
             convert(source, strict=True)
     for follow in (normprop.fold, lambda m: normprop.measure(m, torch.randn(8, 4))):
         with pytest.raises(normprop.TraceError, match="cannot follow TorchScript: pass the Python model"):

@@ -539,6 +539,7 @@ def test_plot(tmp_path, depth):
 def test_plot_of_what_cannot_be_drawn(tmp_path):
     SignalTrace([Record("x", "", "input", None, math.nan, 0.0, None)]).plot(tmp_path / "a.png")
     SignalTrace([]).plot(tmp_path / "b.png")
+    assert all((tmp_path / name).stat().st_size > 1000 for name in ("a.png", "b.png"))
 
 
 def test_plot_says_that_matplotlib_is_missing(monkeypatch, tmp_path):

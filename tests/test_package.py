@@ -86,7 +86,7 @@ def test_the_readmes_conversion_runs(capsys):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
     space = {"normprop": normprop, "torch": torch, "model": model, "images": torch.randn(2, 3, 8, 8)}
     exec(readme_blocks()[1], space)
-    assert "1 sites replaced, 0 skipped" in capsys.readouterr().out
+    assert "1 site replaced, 0 skipped" in capsys.readouterr().out
     net = space["net"].eval()
     torch.testing.assert_close(space["plain"](space["images"]), net(space["images"]))
 

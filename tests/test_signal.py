@@ -39,10 +39,6 @@ def assert_ordered(signal):
 SIGNALS = {
     "gaussian": (lambda: Signal.gaussian(0.5, 2.0), lambda: 0.5 + 2 * sample()),
     "negative std": (lambda: Signal.gaussian(0.5, -2.0), lambda: 0.5 + 2 * sample()),
-    "channels": (
-        lambda: Signal.gaussian(torch.tensor([-1.0, 2.0]), torch.tensor([0.5, 1.5])),
-        lambda: torch.cat([-1 + 0.5 * sample(), 2 + 1.5 * sample(1)]),
-    ),
     "relu": (lambda: Signal.gaussian().apply(torch.relu)[0], lambda: sample().relu()),
     "in place": (lambda: Signal.gaussian().apply(F.relu_)[0], lambda: sample().relu()),
     "gelu": (lambda: Signal.gaussian(0.3, 1.2).apply(F.gelu)[0], lambda: F.gelu(0.3 + 1.2 * sample())),

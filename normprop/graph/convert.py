@@ -118,8 +118,12 @@ class Conversion:
                 (s.path or "model", s.source, s.target) for s in self.skipped
             ]
             text += "\n\n" + _columns(rows)
-        summary = f"{len(self.replaced)} sites replaced, {len(self.skipped)} skipped"
+        summary = f"{_sites(len(self.replaced))} replaced, {len(self.skipped)} skipped"
         return "\n".join([text, "", summary, *(f"note: {note}" for note in self.notes)])
+
+
+def _sites(count: int) -> str:
+    return f"{count} site" + "s" * (count != 1)
 
 
 def _columns(rows: list[tuple[str, str, str]]) -> str:
@@ -229,7 +233,7 @@ def convert(
     report._handover.update(worker.handover())
     if strict and report.skipped:
         reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
-        raise ConversionError(f"{len(report.skipped)} sites cannot be converted:\n{reasons}")
+        raise ConversionError(f"{_sites(len(report.skipped))} cannot be converted:\n{reasons}")
     return report
 
 

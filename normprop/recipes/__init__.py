@@ -1,8 +1,20 @@
 """Users of the library: data, models, training, comparison (extra: 'normprop[recipes]')."""
 
+from collections.abc import Collection
+
 
 class InputError(ValueError):
     """Bad input, told in one line: what was expected, what came, what to type."""
+
+
+def check_choice(option: str, value: object, known: Collection[str]) -> None:
+    """Refuse what is not one of the known names.
+
+    Raises:
+        InputError: If it is none.
+    """
+    if value not in known:
+        raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
 
 
 def check_count(option: str, value: int | None, minimum: int = 1) -> None:

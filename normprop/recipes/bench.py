@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import normprop
-from normprop.recipes import InputError, check_count
+from normprop.recipes import InputError, check_choice, check_count
 from normprop.recipes.models import COLORS, Blocks, build, check_norms
 from normprop.recipes.results import environment, new_figure, output_folder, write_json
 from normprop.recipes.train import RULES, Run
@@ -74,13 +74,9 @@ class Case:
     cudagraphs: bool = False
 
     def __post_init__(self) -> None:
-        for name, option, known in (
-            ("precision", "precisions", PRECISIONS),
-            ("layout", "layout", ("channels_last", "contiguous")),
-            ("rule", "rules", tuple(RULES)),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
+        check_choice("--precisions", self.precision, PRECISIONS)
+        check_choice("--layout", self.layout, ("channels_last", "contiguous"))
+        check_choice("--rules", self.rule, RULES)
         if self.cudagraphs and not self.compiled:
             raise InputError("cudagraphs replays what is compiled: compiled=True")
         check_count("--batch-sizes", self.batch_size)

@@ -167,7 +167,7 @@ class _LiveTable:
     def __init__(self, console: Console | None, runs: Sequence[Run], rows: list[Row]) -> None:
         self.console, self.runs, self.rows = console, runs, rows
         self.started, self.already = time.perf_counter(), len(rows)
-        self.note = ""
+        self.note = self.left = ""
         self.live: Live | None = None
 
     def __enter__(self) -> _LiveTable:
@@ -201,8 +201,6 @@ class _LiveTable:
         ahead = sum(1 / r.batch_size for r in self.runs[len(self.rows) :]) - share / self.run.batch_size
         left = (time.perf_counter() - self.started) / finished * ahead
         self.left = f", about {max(1, round(left))} s left"
-
-    left = ""
 
     def _show(self, progress: str) -> None:
         self.note = f"; now {self.run.norm} at batch {self.run.batch_size}{progress}{self.left}"
@@ -251,7 +249,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             left.errorbar(at, [100 * row["mean"] for row in ok], yerr=errors, capsize=3, **style)
             right.plot(at, [row["seconds_per_epoch"] for row in ok], **style)
         bottom, top = left.get_ylim()
-        left.set_ylim(min(bottom, top - 10), top)  # a point more or less is not a gulf
+        left.set_ylim(min(bottom, top - 10), top)  # small differences should look small
         low = left.get_ylim()[0]
         failed = [row for row in rows if row["mean"] is None]
         for height, row in enumerate(failed):

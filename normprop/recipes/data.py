@@ -303,7 +303,7 @@ def _arrays(split: Any, column: str, where: str) -> Iterator[np.ndarray]:
             try:
                 array = np.asarray(value, dtype=np.float32)
             except (TypeError, ValueError) as error:
-                raise InputError(f"{where}: image {index} is no array of numbers ({error})") from error
+                raise InputError(f"{where}: image {index} is not an array of numbers ({error})") from error
             if array.ndim not in (2, 3):
                 raise InputError(
                     f"{where}: image {index} has shape {array.shape}, expected (H, W) or (C, H, W)"

@@ -16,7 +16,7 @@ from torch.nn.utils.parametrizations import weight_norm
 import normprop
 from normprop import NormRule
 from normprop.activations import as_module, names
-from normprop.recipes import InputError
+from normprop.recipes import InputError, check_choice
 
 COLORS = {
     "normprop": "#d1495b",
@@ -296,14 +296,9 @@ def build(
         >>> build("cnn", (1, 8, 8), 10)(torch.zeros(1, 1, 8, 8)).shape
         torch.Size([1, 10])
     """
-    known_names = (
-        ("--model", model, tuple(MODELS)),
-        ("--norm", norm, NORMS),
-        ("--activation", activation, names()),
-    )
-    for option, value, known in known_names:
-        if value not in known:
-            raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
+    check_choice("--model", model, MODELS)
+    check_choice("--norm", norm, NORMS)
+    check_choice("--activation", activation, names())
     if not 0 < width <= 100:
         raise InputError(f"--width {width}: expected a number above 0, at most 100")
     return MODELS[model](shape, classes, Blocks(norm, rule, activation), width)

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from normprop.recipes import InputError, check_count, duration
+from normprop.recipes import InputError, check_choice, check_count, duration
 from normprop.recipes.claims import CLAIMS, PROTOCOLS, Claim, Planned, Protocol, run_key
 from normprop.recipes.data import ImageData, load
 from normprop.recipes.results import InUse, environment, exclusive, write_json
@@ -244,9 +244,8 @@ def study(claim: str, protocol: str, dataset: str, seeds: int | None, out: Path 
     Raises:
         InputError: For an unknown name, or seeds below 1.
     """
-    for option, value, known in (("CLAIM", claim, CLAIMS), ("--protocol", protocol, PROTOCOLS)):
-        if value not in known:
-            raise InputError(f"{option} {value}: expected one of {', '.join(known)}")
+    check_choice("CLAIM", claim, CLAIMS)
+    check_choice("--protocol", protocol, PROTOCOLS)
     check_count("--seeds", seeds)
     chosen = PROTOCOLS[protocol]
     name = Path(dataset).name or dataset

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 import normprop
 from normprop.projection import annealed, orthogonal
-from normprop.recipes import InputError, check_count, check_seed
+from normprop.recipes import InputError, check_choice, check_count, check_seed
 from normprop.recipes.data import Batches, ImageData, subset
 from normprop.recipes.hidden import observe_hidden
 from normprop.recipes.models import build
@@ -129,10 +129,9 @@ class Run:
         )
 
     def __post_init__(self) -> None:
-        for name, known in (("rule", RULES), ("data_norm", DATA_NORMS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} {getattr(self, name)}: expected one of {', '.join(known)}")
+        check_choice("--rule", self.rule, RULES)
+        check_choice("--data-norm", self.data_norm, DATA_NORMS)
+        check_choice("--precision", self.precision, PRECISIONS)
         least = dict.fromkeys(
             ("batch_size", "epochs", "limit_train_batches", "halve_every", "train_images"), 1
         )
@@ -276,7 +275,7 @@ class _Classifier(pl.LightningModule):
         self.steps += 1
         if self.steps % 50 == 0 and not torch.isfinite(self.loss_sum):
             raise _Diverged(
-                f"the loss is no number after {self.steps} steps of epoch {self.current_epoch + 1}"
+                f"the loss is NaN or infinite after {self.steps} steps of epoch {self.current_epoch + 1}"
             )
         return loss
 
