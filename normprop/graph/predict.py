@@ -193,100 +193,117 @@ class Walk:
     # One node's rule ---------------------------------------------------------------------------
 
     def _rule(self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]) -> Result:
-        first = self._signal(inputs[0])
-        what = key(node)
         if tracing.weight_source(self.graph_module, node) is not None:
             self.roots[node] = frozenset([node])
-            return self._weight_layer(node, first, len(inputs))
+            return self._weight_layer(node, self._signal(inputs[0]), len(inputs))
+        return self._rule_of_ours(node, module, inputs) or self._rule_of_torch(node, module, inputs)
+
+    def _rule_of_ours(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result | None:
         if isinstance(module, DATA_NORMS):
             return Signal.gaussian(), [1.0]
         if isinstance(module, NormalizedActivation):
             return self._normalized_activation(node, module, inputs[0])
         if isinstance(module, Standardize):
-            ratio = module.std / max(first.std, 1e-9)
-            if not (0.8 < ratio < 1.25 and abs(module.mean - first.mean) < 0.2 * module.std):
-                self.notes[node] = (
-                    f"its constants ({module.mean:.3g}, {module.std:.3g}) were measured; "
-                    f"by formula {first.mean:.3g}, {first.std:.3g}"
-                )
-            # They are what is known of the map.
-            square = module.std**2
-            return first.standardized(), [lambda density: density / square]
+            return self._standardize(node, module, self._signal(inputs[0]))
         if isinstance(module, RectifiedSum):
-            self._check_correlation(node, inputs)
-            total, passes = self._sum([self._signal(n) for n in inputs], [module.ratio, 1.0])
-            signal, (above,) = self._through(node, total, lambda values: values.clamp_min(module.low))
-            signal = signal if module.std is None else signal.standardized().affine(module.std)
-            return signal, [lambda density, through=p: through(above(density)) for p in passes]
+            return self._rectified_sum(node, module, inputs)
         if isinstance(module, ShiftedReLU):
-            return self._through(node, first, lambda values: values.clamp_min(module.low))
+            return self._through(node, self._signal(inputs[0]), lambda values: values.clamp_min(module.low))
         if isinstance(module, NormalizedAdd):
-            self._check_correlation(node, inputs)
-            parts = [self._signal(n) for n in inputs]
-            # A conversion measured the trunk's std; a lightened sum's stds, kept with its weights, undo their scale.
-            if getattr(module, "constants", ()) == ("stds",) and parts[0].std > 0:
-                parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
-            return self._sum(parts, module.factors)
-        if module is not None and hasattr(module, "propagate"):
-            if len(inputs) > 1:
-                self._check_correlation(node, inputs)
-            if isinstance(module, (*_AVERAGES, *_MAXIMA)):
-                self.evens[node] = float(isinstance(module, _AVERAGES))
-            if isinstance(module, _MAXIMA):
-                self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
-            shapes = [shape(n) for n in inputs]
-            try:
-                signal, factors = module.propagate(  # type: ignore[operator]
-                    *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
-                )
-            except ValueError:  # its constants depend on a size that is not known
-                return self._without_rule(node), [1.0] * len(inputs)
-            return signal, list(factors)
+            return self._normalized_add(node, module, inputs)
+        return self._declared(node, module, inputs) if hasattr(module, "propagate") else None
+
+    def _rule_of_torch(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result:
+        what, first = key(node), inputs[0]
+        single = len(inputs) == len(tensor_inputs(node)) == 1
         if operation_name(self.graph_module, node) in LAYOUT:
-            return first, [_same] + [0.0] * (len(inputs) - 1)
+            return self._signal(first), [_same] + [0.0] * (len(inputs) - 1)
         if tracing.activation_of(node, module) is not None and len(inputs) == 1:
-            return self._elementwise(node, module, inputs[0])
-        if what in _NUMBERS and len(inputs) == 1 and len(tensor_inputs(node)) == 1:
-            return self._elementwise(node, module, inputs[0])
+            return self._elementwise(node, module, first)
+        if what in _NUMBERS and single:
+            return self._elementwise(node, module, first)
         if what in ("add", "sub", "mul", "div") and len(inputs) == 2:
             return self._arithmetic(node, what, inputs)
         if what in ("cat", "stack"):
-            sizes = [math.prod(shape(n) or (1,)) for n in inputs]
-            shares = [size / sum(sizes) for size in sizes]
-            return Signal.mixture([self._signal(n) for n in inputs], shares), shares
+            return self._cat(inputs)
         if what == "pad" or type(module).__module__ == "torch.nn.modules.padding":
-            return self._pad(node, module, inputs[0])
-        pooled = self._pool(node, module, what, inputs[0])
-        if pooled is not None:
+            return self._pad(node, module, first)
+        if (pooled := self._pool(node, module, what, first)) is not None:
             return pooled
         if isinstance(module, _NORMS):
-            return self._norm(node, module, inputs[0])
+            return self._norm(node, module, first)
         if what in _FUNCTIONAL_NORMS:
             return self._functional_norm(node, what, inputs)
         if isinstance(module, nn.Softmax) or what == "softmax":
-            return self._softmax(node, module, inputs[0])
+            return self._softmax(node, module, first)
         if what in ("matmul", "einsum") and len(inputs) == 2:
             return self._matmul(node, what, inputs)
         if what == "scaled_dot_product_attention":
-            tokens = (shape(inputs[1]) or (1, 1))[-2]
-            value = self._signal(inputs[2])
-            self.notes[node] = "attention taken as an average over all tokens"
-            return Signal.gaussian(value.mean, value.std / math.sqrt(tokens)), [
-                0.0,
-                0.0,
-                1.0 / tokens,
-                *[0.0] * (len(inputs) - 3),
-            ]
+            return self._attention(node, inputs)
         if isinstance(module, nn.Upsample) or what in ("interpolate", "upsample"):
             self.notes[node] = "interpolation: variance taken as kept"
-            return first, [1.0]
-        alone = module is None or type(module).__module__ == "torch.nn.modules.activation"
-        if len(inputs) == 1 and len(tensor_inputs(node)) == 1 and alone:
+            return self._signal(first), [1.0]
+        if single and (module is None or type(module).__module__ == "torch.nn.modules.activation"):
             try:  # any other function that acts on each element alone
-                return self._elementwise(node, module, inputs[0])
+                return self._elementwise(node, module, first)
             except Exception:
                 pass
         return self._without_rule(node), [1.0] * len(inputs)
+
+    def _standardize(self, node: fx.Node, module: Standardize, signal: Signal) -> Result:
+        """Its constants are what is known of the map."""
+        ratio = module.std / max(signal.std, 1e-9)
+        if not (0.8 < ratio < 1.25 and abs(module.mean - signal.mean) < 0.2 * module.std):
+            self.notes[node] = (
+                f"its constants ({module.mean:.3g}, {module.std:.3g}) were measured; "
+                f"by formula {signal.mean:.3g}, {signal.std:.3g}"
+            )
+        square = module.std**2
+        return signal.standardized(), [lambda density: density / square]
+
+    def _rectified_sum(self, node: fx.Node, module: RectifiedSum, inputs: list[fx.Node]) -> Result:
+        self._check_correlation(node, inputs)
+        total, passes = self._sum([self._signal(n) for n in inputs], [module.ratio, 1.0])
+        signal, (above,) = self._through(node, total, lambda values: values.clamp_min(module.low))
+        signal = signal if module.std is None else signal.standardized().affine(module.std)
+        return signal, [lambda density, through=p: through(above(density)) for p in passes]
+
+    def _normalized_add(self, node: fx.Node, module: NormalizedAdd, inputs: list[fx.Node]) -> Result:
+        self._check_correlation(node, inputs)
+        parts = [self._signal(n) for n in inputs]
+        # A conversion measured the trunk's std; a lightened sum's stds, kept with its weights, undo their scale.
+        if getattr(module, "constants", ()) == ("stds",) and parts[0].std > 0:
+            parts[0] = parts[0].affine(module.stds[0] / parts[0].std)
+        return self._sum(parts, module.factors)
+
+    def _declared(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result:
+        """What a module of ours says that it does."""
+        if len(inputs) > 1:
+            self._check_correlation(node, inputs)
+        if isinstance(module, (*_AVERAGES, *_MAXIMA)):
+            self.evens[node] = float(isinstance(module, _AVERAGES))
+        if isinstance(module, _MAXIMA):
+            self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
+        shapes = [shape(n) for n in inputs]
+        try:
+            signal, factors = module.propagate(
+                *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
+            )
+        except ValueError:  # its constants depend on a size that is not known
+            return self._without_rule(node), [1.0] * len(inputs)
+        return signal, list(factors)
+
+    def _cat(self, inputs: list[fx.Node]) -> Result:
+        sizes = [math.prod(shape(n) or (1,)) for n in inputs]
+        shares = [size / sum(sizes) for size in sizes]
+        return Signal.mixture([self._signal(n) for n in inputs], shares), shares
+
+    def _attention(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
+        self.notes[node] = "attention taken as an average over all tokens"
+        tokens = (shape(inputs[1]) or (1, 1))[-2]
+        value = self._signal(inputs[2])
+        result = Signal.gaussian(value.mean, value.std / math.sqrt(tokens))
+        return result, [0.0, 0.0, 1.0 / tokens, *[0.0] * (len(inputs) - 3)]
 
     def _without_rule(self, node: fx.Node) -> Signal:
         self.notes[node] = f"no rule for {operation_name(self.graph_module, node)}: taken as N(0, 1)"
