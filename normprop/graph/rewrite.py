@@ -227,8 +227,8 @@ class Rewriter:
 
     def find_chains(self) -> dict[fx.Node, _Chain]:
         """The chains by their first node; a module that is called twice must stand in equal ones."""
-        weights = [n for n in self.nodes if self.weight_reason(n) == ""]
-        norms = [n for n in self.nodes if self.norm_reason(n) == ""]
+        weights = [n for n in self.nodes if self.is_weight(n)]
+        norms = [n for n in self.nodes if self.is_norm(n)]
         gates = set() if self.preserve else {top for _, top in self.find_gates().values()}
         chains: dict[fx.Node, _Chain] = {}
         for node in weights:
@@ -289,38 +289,34 @@ class Rewriter:
                     chain.norm = None
                 chain.act, chain.activation = None, None
 
-    def weight_reason(self, node: fx.Node) -> str | None:
-        """Why a weight layer is left; empty if it is converted, None if it is none."""
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether it is a weight layer that is converted; if it is left though it could be, that is reported."""
         source = tracing.weight_source(self.graph_module, node)
         if source is None or tracing.is_normprop(source[1]):
-            return None
+            return False
         path, layer = source
         if tracing.is_parametrized(layer):
             self.owner.skip(
                 self.path(path), layer, "its weight is parametrized; remove_parametrizations first"
             )
-            return "parametrized"
-        if self.filtered(layer, path):
-            return "filtered"
-        return ""
+            return False
+        return not self.filtered(layer, path)
 
-    def norm_reason(self, node: fx.Node) -> str | None:
-        """Why a BatchNorm is left; empty if it is converted, None if it is none."""
+    def is_norm(self, node: fx.Node) -> bool:
+        """Whether it is a BatchNorm that is converted; if it is left, that is reported."""
         if tracing.is_functional_norm(node):
             self.owner.skip_functional(self.path(tracing.owner(node)))
-            return "functional"
-        module = self.module(node)
-        if module is None or not tracing.is_batch_norm(module):
-            return None
+            return False
+        norm: Any = self.module(node)
+        if norm is None or not tracing.is_batch_norm(norm):
+            return False
         path = str(node.target)
-        norm: Any = module
         forward = type(norm).forward
         known = forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or hasattr(norm, "act")
         reason = ""
         if self.filtered(norm, path):
-            self.owner.skip(self.path(path), norm, "filter_fn returned False")
-            return "filtered"
-        if not known:
+            reason = "filter_fn returned False"
+        elif not known:
             reason = f"{type(norm).__name__} has a forward of its own; use torch's BatchNorm"
         elif self.preserve and norm.running_mean is None:
             reason = "it keeps no running statistics, so eval mode is not a fixed function; convert without preserve"
@@ -331,7 +327,7 @@ class Rewriter:
             )
         if reason:
             self.owner.skip(self.path(path), norm, reason)
-        return reason
+        return not reason
 
     def filtered(self, module: nn.Module, path: str) -> bool:
         return self.owner.filter_fn is not None and not self.owner.filter_fn(module, self.path(path))
@@ -382,14 +378,11 @@ class Rewriter:
 
     def behind_weight(self, node: fx.Node) -> bool:
         """Whether a weight layer lies before the node."""
-        return bool(self.ancestors(node) & self.weight_mask)
-
-    def ancestors(self, node: fx.Node) -> int:
-        """The nodes before a node, as bits."""
-        return self._bits[node]
+        return bool(self.ancestors[node] & self.weight_mask)
 
     @functools.cached_property
-    def _bits(self) -> dict[fx.Node, int]:
+    def ancestors(self) -> dict[fx.Node, int]:
+        """The nodes before each node, and itself, as bits."""
         result: dict[fx.Node, int] = {}
         for index, node in enumerate(self.nodes):
             result[node] = 1 << index
@@ -702,7 +695,7 @@ class Rewriter:
             value = node.meta.get("value")
             if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
                 continue
-            before = self.ancestors(a), self.ancestors(b)
+            before = self.ancestors[a], self.ancestors[b]
             layers = [(before[k] & ~before[1 - k] & self.weight_mask).bit_count() for k in (0, 1)]
             if max(layers) == 0:
                 continue  # x + act(x)
