@@ -12,7 +12,7 @@ Read in this order:
     pools         the same: pools, upsampling
     data_norm     the data, normalised once
     projection    training aids
-    graph         whole networks: trace, predict, convert (with rewrite), lighten, fold
+    graph         whole networks: trace (with reading, inplace), predict, convert (with rewrite), lighten, fold
     records       what is known of each node: tables, figures, JSON
     diagnostics   the same, measured
     testing       the promises, as checks

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from normprop import functional
 from normprop.data_norm import first_tensor
-from normprop.graph import trace as tracing
+from normprop.graph import reading, trace as tracing
 from normprop.graph.predict import effective, in_whole, operation_name, path_of, walk
 from normprop.modules import check_model
 from normprop.records import Record, SignalTrace
@@ -174,7 +174,7 @@ class _Run(fx.Interpreter):
         return value
 
     def _record(self, node: fx.Node, value: Tensor) -> None:
-        module = tracing.module_of(self.graph_module, node)
+        module = reading.module_of(self.graph_module, node)
         record = Record(
             name=str(node),
             path=path_of(node),
@@ -188,25 +188,25 @@ class _Run(fx.Interpreter):
             record.gradient = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
 
         value.register_hook(gradient)
-        source = tracing.weight_source(self.graph_module, node)
+        source = reading.weight_source(self.graph_module, node)
         layer = None if source is None else source[1]
-        phi = getattr(module, "activation", None) or tracing.activation_of(node, module)
+        phi = getattr(module, "activation", None) or reading.activation_of(node, module)
         if not isinstance(phi, (nn.Identity, type(None))):
             record.details["dead"] = dead = dead_share(value.detach(), self.channel_dim(node, layer, value))
             if dead:
                 record.note = f"{100 * dead:.3g} % of the units are constant"
         if layer is not None:
             with torch.no_grad():
-                x = self.env[tracing.tensor_inputs(node)[0]].detach()
+                x = self.env[reading.tensor_inputs(node)[0]].detach()
                 z = value.detach() if module is None else pre_activation(module, x, value.detach())
                 record.details |= weight_details(layer, x, z, self.generator)
 
     def channel_dim(self, node: fx.Node, layer: Any, value: Tensor) -> int:
         """Of the weight layer that the activation is part of or follows; else torch's habit."""
         if layer is None:
-            source = tracing.weight_source(self.graph_module, tracing.tensor_inputs(node)[0])
+            source = reading.weight_source(self.graph_module, reading.tensor_inputs(node)[0])
             layer = None if source is None else source[1]
-        if isinstance(layer, tracing.WEIGHT_LAYERS):
+        if isinstance(layer, reading.WEIGHT_LAYERS):
             return channel_dim(layer)
         return 1 if value.ndim > 2 else -1
 
@@ -236,7 +236,7 @@ class _Parts:
 
     def run_part(self, part: tracing.Part, *args: Any, **kwargs: Any) -> Any:
         wanted = [n for n in part.graph_module.graph.nodes if n.op == "placeholder"]
-        as_traced = [tracing.shape(n) for n in wanted] == [getattr(x, "shape", None) for x in args]
+        as_traced = [reading.shape(n) for n in wanted] == [getattr(x, "shape", None) for x in args]
         self.unwatch()  # it may call modules that are parts elsewhere
         try:
             if kwargs or not as_traced:

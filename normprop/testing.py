@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from normprop.data_norm import BatchDataNorm
-from normprop.graph.trace import RANDOM_NAMES, is_batch_norm
+from normprop.graph.reading import RANDOM_NAMES, is_batch_norm
 from normprop.merges import NormalizedAdd
 
 

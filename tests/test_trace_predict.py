@@ -13,8 +13,9 @@ from torch import nn
 
 import normprop
 from normprop import NormPropConv2d, NormPropLinear, NormRule, activations, predict
-from normprop.graph import trace as tracing
-from normprop.graph.trace import TraceError, key, trace
+from normprop.graph import reading
+from normprop.graph.reading import TraceError, key
+from normprop.graph.trace import trace
 from normprop.merges import NormalizedAdd, Standardize
 from normprop.pools import NormalizedMaxPool2d
 
@@ -94,7 +95,7 @@ def test_the_graph_computes_what_the_model_does_and_knows_its_shapes(build):
     tensors = [n for n in graph_module.graph.nodes if n.op != "output" and torch.is_tensor(seen[n])]
     assert tensors
     for node in tensors:
-        assert tracing.shape(node) == tuple(seen[node].shape), node
+        assert reading.shape(node) == tuple(seen[node].shape), node
         assert node.meta["value"].is_meta  # nothing was computed
 
 
@@ -190,7 +191,7 @@ def test_every_spelling_of_an_activation_is_one_module(spelling, module):
     )
     graph_module = trace(model, randn(3))
     node = next(n for n in graph_module.graph.nodes if n.op.startswith("call"))
-    found = tracing.activation_of(node, tracing.module_of(graph_module, node))
+    found = reading.activation_of(node, reading.module_of(graph_module, node))
     assert type(found) is type(module)
     x = randn(64) * 5
     torch.testing.assert_close(found(x.clone()), spelling(x.clone()), rtol=0, atol=0)
@@ -210,7 +211,7 @@ def test_every_spelling_of_an_activation_is_one_module(spelling, module):
 )
 def test_other_functions_are_no_activation(code):
     graph_module = trace(Code(lambda self, x: code(x)), randn(4))
-    assert all(tracing.activation_of(n, None) is None for n in graph_module.graph.nodes if n.op != "output")
+    assert all(reading.activation_of(n, None) is None for n in graph_module.graph.nodes if n.op != "output")
 
 
 def test_key_has_one_spelling():
@@ -230,7 +231,7 @@ def test_key_has_one_spelling():
 
 def test_a_weight_layer_is_found_behind_its_function():
     graph_module = trace(MODELS["functional"](), randn(2, 3, 5, 5))
-    found = [tracing.weight_source(graph_module, n) for n in graph_module.graph.nodes]
+    found = [reading.weight_source(graph_module, n) for n in graph_module.graph.nodes]
     assert [path for path, _ in filter(None, found)] == ["conv", "conv", "conv", "fc"]
 
 

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from normprop.functional import RECOMMENDED, NormRule
-from normprop.graph import trace as tracing
+from normprop.graph import reading, trace as tracing
+from normprop.graph.reading import TraceError
 from normprop.graph.rewrite import Rewriter
-from normprop.graph.trace import ByMode, TraceError, below, has, place
+from normprop.graph.trace import ByMode, below, has, place
 from normprop.modules import NormPropLayer, check_model
 
 _SAMPLES = 16  # of noise: enough for the std of a map of one position and eight channels
@@ -205,7 +206,7 @@ def convert(
     report.model = worker.run(example)
     known = {site.path for site in report.skipped}
     for name, module in report.model.named_modules():
-        if tracing.is_batch_norm(module) and name not in known:
+        if reading.is_batch_norm(module) and name not in known:
             worker.skip(name, module, "it is inside a module whose code is not followed")
     if report.replaced:
         report.model.register_load_state_dict_pre_hook(_check_constants)
@@ -400,8 +401,8 @@ class Converter:
         except TraceError:
             return
         for node in graph.graph.nodes:
-            if tracing.is_functional_norm(node):
-                self.skip_functional(tracing.owner(node))
+            if reading.is_functional_norm(node):
+                self.skip_functional(reading.owner(node))
 
     def convert_part(
         self, part: nn.Module, prefix: str, example: Any, inputs: tuple[Tensor, ...] | None = None
@@ -488,7 +489,7 @@ class Converter:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             twins = copy.deepcopy(list(graphs.values()))
             for layer in dict.fromkeys(m for twin in twins for m in twin.modules()):
-                if tracing.is_parametrized(layer):
+                if reading.is_parametrized(layer):
                     continue
                 for weight in (p for p in layer.parameters(recurse=False) if p.ndim > 1):
                     length = float(weight.float().square().mean().sqrt()) or 1.0
@@ -508,13 +509,13 @@ class Converter:
         again: Callable[[nn.Module], Any],
     ) -> nn.Module:
         """``again`` gives a child's inputs as they are now, behind what was converted before it."""
-        if tracing.is_batch_norm(part):
+        if reading.is_batch_norm(part):
             self.skip(prefix, part, f"its caller's code cannot be followed ({reason})")
             return part
         for name, child in list(part.named_children()):
             if any(isinstance(m, _BatchNorm) for m in child.modules()):
                 path = below(prefix, name)
-                if tracing.is_batch_norm(child):
+                if reading.is_batch_norm(child):
                     self.skip(path, child, f"the code around it cannot be followed ({reason})")
                 elif calls is not None and calls.get(child) is None:
                     odd = "not called" if child not in calls else "called with more than tensors"
@@ -551,7 +552,7 @@ class Converter:
             own = any(True for _ in module.parameters(recurse=False))
             if name and own and path not in self.absorbed and not has(result, name):
                 place(result, name, module)
-                if tracing.is_batch_norm(module):
+                if reading.is_batch_norm(module):
                     self.skip(path, module, "the model never calls it; delete it")
         for name, module in part.named_modules():  # what containers hold themselves
             path = below(prefix, name)

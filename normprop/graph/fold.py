@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from normprop import activations, functional, modules, pools
 from normprop.data_norm import DATA_NORMS, BatchDataNorm, WhiteningDataNorm
-from normprop.graph import trace as tracing
+from normprop.graph import inplace, reading, trace as tracing
 from normprop.graph.lighten import lighten_
-from normprop.graph.trace import TraceError, below, has, key, place, shape, tensor_inputs
+from normprop.graph.reading import TraceError, key, shape, tensor_inputs
+from normprop.graph.trace import below, has, place
 
 _LEAVES = ("normprop.modules", "normprop.data_norm")
 # What acts on elements in their places, or moves them: an affine map may wait until behind it.
@@ -104,7 +105,7 @@ def _folded(model: nn.Module, verify: Any, dtype: torch.dtype) -> fx.GraphModule
     lighten_(light, model.modules())
     light.recompile()
     graph_module = tracing.trace(light, verify, _LEAVES)
-    tracing.write_nothing_in_place(graph_module)
+    inplace.write_nothing_in_place(graph_module)
     return _Folder(graph_module, verify is not None, dtype).run()
 
 
@@ -117,7 +118,7 @@ def _parts_folded(model: nn.Module, inputs: Any, dtype: torch.dtype) -> nn.Modul
         if inputs is not None:
             calls = tracing.calls_within(part, inputs) or {}
         for name, child in list(part.named_children()):
-            where, ours = below(path, name), tracing.home_of_forward(child) in tracing.OURS
+            where, ours = below(path, name), reading.home_of_forward(child) in reading.OURS
             graph = isinstance(child, (fx.GraphModule, tracing.ByMode))
             if ours and hasattr(child, "fuse"):
                 tracing.put_in_place_of(child, child.fuse(), model)  # type: ignore[operator]
@@ -142,7 +143,7 @@ def _parts_folded(model: nn.Module, inputs: Any, dtype: torch.dtype) -> nn.Modul
 def _hooked(model: nn.Module) -> list[str]:
     """Modules with forward hooks that the folded model does not run: it itself, and layers of ours."""
     named = model.named_modules()
-    lost = (name for name, m in named if (m is model or type(m).__module__ in tracing.OURS) and _hooks(m))
+    lost = (name for name, m in named if (m is model or type(m).__module__ in reading.OURS) and _hooks(m))
     return [f"'{name or 'model'}'" for name in lost]
 
 
@@ -154,12 +155,12 @@ def _hooks(module: nn.Module) -> bool:
 
 def _drops(node: fx.Node) -> bool:
     """Whether it is a dropout, written as a function, that draws in eval mode too."""
-    return key(node) == "dropout" and bool(tracing.argument(node, 2, "training", True))
+    return key(node) == "dropout" and bool(reading.argument(node, 2, "training", True))
 
 
 def _is_plain_layer(module: Any) -> bool:
     """Whether a weight layer's numbers may be changed."""
-    return tracing.is_weight_layer(module) and not (tracing.is_parametrized(module) or _hooks(module))
+    return reading.is_weight_layer(module) and not (reading.is_parametrized(module) or _hooks(module))
 
 
 def _check(
@@ -278,14 +279,14 @@ class _Folder:
     # Translation --------------------------------------------------------------------------------
 
     def translate(self, node: fx.Node) -> _Value:
-        module = tracing.module_of(self.source, node)
+        module = reading.module_of(self.source, node)
         if isinstance(module, modules.NormalizedActivation):
             return self.activation_module(node, module)
         if isinstance(module, DATA_NORMS):
             return self.data_norm(node, module)
         if isinstance(module, modules.NormPropLayer) or _is_plain_layer(module):
             return self.weight_layer(node, module)
-        if module is not None and type(module).__module__ not in tracing.OURS and _hooks(module):
+        if module is not None and type(module).__module__ not in reading.OURS and _hooks(module):
             return self.copied(node, module)
         if isinstance(module, pools.AdaptiveMaxPool):
             return self.adaptive_max_pool(node, module)
@@ -303,7 +304,7 @@ class _Folder:
         elif node.op == "get_attr":
             path = str(node.target).rpartition(".")[0]
             if path in self.calls:  # what stands there will be a layer with other numbers
-                return _Value(self.buffer(str(node.target), tracing.attribute(self.source, node)))
+                return _Value(self.buffer(str(node.target), reading.attribute(self.source, node)))
             self.attribute(str(node.target))
         return _Value(self.graph.node_copy(node, lambda n: self.values[n].node))
 
@@ -434,7 +435,7 @@ class _Folder:
         """A linear map that takes in what waits before it; then the activation."""
         path = str(node.target)
         source = tensor_inputs(node)[0]
-        if tracing.is_normprop(layer):
+        if reading.is_normprop(layer):
             (plain, mean, std), activation = layer.plain(), layer.activation
         else:
             plain, mean, std, activation = copy.deepcopy(layer), 0.0, 1.0, None
@@ -552,7 +553,7 @@ def _write_in_place(graph_module: fx.GraphModule) -> None:
             continue
         made = source.target in (torch.add, torch.mul, torch.addcmul)
         if source.op == "call_module":
-            made = isinstance(graph_module.get_submodule(str(source.target)), tracing.WEIGHT_LAYERS)
+            made = isinstance(graph_module.get_submodule(str(source.target)), reading.WEIGHT_LAYERS)
         if not made:
             continue
         if node.target is F.threshold:

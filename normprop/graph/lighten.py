@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from normprop import merges, modules
-from normprop.graph import trace as tracing
-from normprop.graph.trace import TraceError, place, tensor_inputs
+from normprop.graph import reading, trace as tracing
+from normprop.graph.reading import TraceError, tensor_inputs
+from normprop.graph.trace import place
 
 # How far from 1 the std of a trunk may drift before it is multiplied back.
 _DRIFT = (0.8, 1.25)
@@ -119,7 +120,7 @@ class _Lighter:
     ) -> None:
         self.decide = decide
         self.graph_module, self.graph = graph_module, graph_module.graph
-        self.made = {id(m) for m in made if type(m).__module__ in tracing.OURS and not _hooked(m)}
+        self.made = {id(m) for m in made if type(m).__module__ in reading.OURS and not _hooked(m)}
         # What code reads beside calling it: layer.bias.
         self.read = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
         self.modules = {
@@ -213,7 +214,7 @@ class _Lighter:
         if len(node.users) != 1:
             return None
         (after,) = node.users
-        phi = tracing.activation_of(after, self.modules.get(after))
+        phi = reading.activation_of(after, self.modules.get(after))
         if type(phi) is not nn.ReLU or (after in self.modules and _hooked(self.modules[after])):
             return None
         return after

@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from normprop import activations, functional, pools
 from normprop.data_norm import DATA_NORMS
-from normprop.graph import trace as tracing
-from normprop.graph.trace import argument, key, shape, tensor_inputs
+from normprop.graph import reading, trace as tracing
+from normprop.graph.reading import argument, key, shape, tensor_inputs
 from normprop.merges import NormalizedAdd, RectifiedSum, ShiftedReLU, Standardize
 from normprop.modules import NormalizedActivation, check_model
 from normprop.records import LAYOUT, Record, SignalTrace
@@ -35,7 +35,7 @@ Factor = float | Callable[[Tensor], Tensor | float]
 Result = tuple[Signal, list[Any]]
 
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
-# Over dims that the code names, as tracing.POOLS has pools.
+# Over dims that the code names, as reading.POOLS has pools.
 _REDUCTIONS = {"mean": ("avg", True, 0), "sum": ("avg", True, 0), "amax": ("max", True, 0)}
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Where their weights and biases stand as arguments.
@@ -143,7 +143,7 @@ class Walk:
         self.roots[node] = frozenset().union(*(self.roots[n] for n in inputs)) if inputs else frozenset()
         value = node.meta.get("value")
         sources = tensor_inputs(node)
-        module = tracing.module_of(self.graph_module, node)
+        module = reading.module_of(self.graph_module, node)
         if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
             rows = module.weight if isinstance(module, nn.Embedding) else None
             if rows is None or rows.is_meta or rows.numel() < 2:
@@ -177,7 +177,7 @@ class Walk:
             real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
             self.signals[node] = self.given.get(node, Signal.gaussian()) if real else None
         elif node.op == "get_attr":
-            tensor = tracing.attribute(self.graph_module, node)
+            tensor = reading.attribute(self.graph_module, node)
             real = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
             self.signals[node] = Signal.of(tensor) if real and tensor.numel() else None
         else:
@@ -193,7 +193,7 @@ class Walk:
     # One node's rule ---------------------------------------------------------------------------
 
     def _rule(self, node: fx.Node, module: nn.Module | None, inputs: list[fx.Node]) -> Result:
-        if tracing.weight_source(self.graph_module, node) is not None:
+        if reading.weight_source(self.graph_module, node) is not None:
             self.roots[node] = frozenset([node])
             return self._weight_layer(node, self._signal(inputs[0]), len(inputs))
         return self._rule_of_ours(node, module, inputs) or self._rule_of_torch(node, module, inputs)
@@ -218,7 +218,7 @@ class Walk:
         single = len(inputs) == len(tensor_inputs(node)) == 1
         if operation_name(self.graph_module, node) in LAYOUT:
             return self._signal(first), [_same] + [0.0] * (len(inputs) - 1)
-        if tracing.activation_of(node, module) is not None and len(inputs) == 1:
+        if reading.activation_of(node, module) is not None and len(inputs) == 1:
             return self._elementwise(node, module, first)
         if what in _NUMBERS and single:
             return self._elementwise(node, module, first)
@@ -421,7 +421,7 @@ class Walk:
         return _even_out(_interpolate(relative, levels, slope))
 
     def _weight_layer(self, node: fx.Node, signal: Signal, count: int) -> Result:
-        source = tracing.weight_source(self.graph_module, node)
+        source = reading.weight_source(self.graph_module, node)
         assert source is not None
         layer: Any = source[1]
         weight, bias, finish = effective(layer)
@@ -531,14 +531,14 @@ class Walk:
 
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
         name = what if module is None else type(module).__name__
-        if (found := _REDUCTIONS.get(name) or tracing.POOLS.get(name)) is None:
+        if (found := _REDUCTIONS.get(name) or reading.POOLS.get(name)) is None:
             return None
         kind, adaptive, spatial = found
         signal, before, after = self._signal(source), shape(source), shape(node)
         size: Any = (
             argument(node, 1, "kernel_size", 1) if module is None else getattr(module, "kernel_size", 1)
         )
-        if adaptive or tracing.nodes_in(size):  # or it is made of the map's own size
+        if adaptive or reading.nodes_in(size):  # or it is made of the map's own size
             count = max(1, math.prod(before) // max(1, math.prod(after))) if before and after else _GLOBAL
         else:
             count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
@@ -567,7 +567,7 @@ class Walk:
         scale = one if weight is None else weight.detach().double().cpu().flatten()
         shift = one * 0 if bias is None else bias.detach().double().cpu().flatten()
         running = getattr(module, "running_var", None)
-        if tracing.is_batch_norm(module) and running is not None and not module.training:
+        if reading.is_batch_norm(module) and running is not None and not module.training:
             scale = scale / (running.double().cpu() + module.eps).sqrt()
             shift = shift - module.running_mean.double().cpu() * scale
             ready, unit = signal, 1.0
@@ -743,11 +743,11 @@ def _is_number(value: Any) -> bool:
 
 def path_of(node: fx.Node) -> str:
     """The module that the node calls, or the one in whose forward it is written."""
-    return str(node.target) if node.op == "call_module" else tracing.owner(node)
+    return str(node.target) if node.op == "call_module" else reading.owner(node)
 
 
 def operation_name(graph_module: nn.Module, node: fx.Node) -> str:
-    module = tracing.module_of(graph_module, node)
+    module = reading.module_of(graph_module, node)
     if module is not None:
         return type(module).__name__
     return "input" if node.op == "placeholder" else key(node)
@@ -771,7 +771,7 @@ def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Ten
     gain: Any = exact(getattr(layer, "gain", None))
     bias: Any = exact(layer.bias)
     weight = exact(getattr(layer, "weight", None))
-    if not tracing.is_normprop(layer):
+    if not reading.is_normprop(layer):
         assert weight is not None
         return weight, bias, _same
     rule = layer.rule

@@ -16,10 +16,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normprop import activations, functional, merges, modules, pools
 from normprop.data_norm import DATA_NORMS, GlobalDataNorm
 from normprop.functional import NormRule
-from normprop.graph import trace as tracing
+from normprop.graph import inplace, reading
 from normprop.graph.lighten import lighten_
 from normprop.graph.predict import Walk
-from normprop.graph.trace import argument, below, has, key, place, shape, tensor_inputs
+from normprop.graph.reading import argument, key, shape, tensor_inputs
+from normprop.graph.trace import below, has, place
 
 if TYPE_CHECKING:
     from normprop.graph.convert import Converter
@@ -67,7 +68,7 @@ class Flow:
             value = self.values[node] = self.run(node)
         except Exception as error:  # formulas are left
             self.failure = (
-                f"constants are by formula alone from '{tracing.owner(node) or node}' on: {type(error).__name__}: "
+                f"constants are by formula alone from '{reading.owner(node) or node}' on: {type(error).__name__}: "
                 f"{error}; pass example= of a size that the model takes"
             )
             self.inputs = None
@@ -92,11 +93,11 @@ class Flow:
     def is_by_formula(self, node: fx.Node) -> bool:
         """Whether a weight layer lies before a map, and no measured mean between the two."""
         assert self.chance is not None
-        module = tracing.module_of(self.graph_module, node)
+        module = reading.module_of(self.graph_module, node)
         if isinstance(module, merges.Standardize):
             return False
         above = any(source in self.chance for source in node.all_input_nodes)
-        return above or tracing.weight_source(self.graph_module, node) is not None
+        return above or reading.weight_source(self.graph_module, node) is not None
 
     @torch.no_grad()
     def run(self, node: fx.Node) -> Any:
@@ -107,7 +108,7 @@ class Flow:
                 return self.inputs[self.count - 1]
             return node.args[0] if node.args else {} if str(node.target).startswith("**") else ()
         if node.op == "get_attr":
-            return tracing.attribute(self.graph_module, node)
+            return reading.attribute(self.graph_module, node)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         if "dropout" in key(node) and node.op == "call_function":
             return args[0]  # the constants are those of eval mode
@@ -194,7 +195,7 @@ class Rewriter:
                     self.owner.became(self.path(path), kind)
             if self.flow.failure and self.flow.failure not in self.owner.report.notes:
                 self.owner.report.notes.append(self.flow.failure)
-        tracing.write_nothing_in_place(self.graph_module)
+        inplace.write_nothing_in_place(self.graph_module)
         self.graph.eliminate_dead_code()
         for node in self.graph.nodes:
             node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "is_wrapped")}
@@ -211,11 +212,11 @@ class Rewriter:
 
     def local(self, node: fx.Node) -> str:
         """Path of the module that a node calls or whose weight it uses."""
-        source = tracing.weight_source(self.graph_module, node)
+        source = reading.weight_source(self.graph_module, node)
         return source[0] if source is not None else str(node.target)
 
     def module(self, node: fx.Node) -> nn.Module | None:
-        return tracing.module_of(self.graph_module, node)
+        return reading.module_of(self.graph_module, node)
 
     def decide(self, what: str, node: fx.Node, seen: bool) -> bool:
         """A choice that rests on what was measured: as in the rehearsal, if there was one."""
@@ -259,7 +260,7 @@ class Rewriter:
         user = _only_user(chain.end)
         if user is None or user in gates:
             return
-        activation = tracing.activation_of(user, self.module(user))
+        activation = reading.activation_of(user, self.module(user))
         if activation is None or isinstance(activation, nn.Identity):
             return
         try:
@@ -291,11 +292,11 @@ class Rewriter:
 
     def is_weight(self, node: fx.Node) -> bool:
         """Whether it is a weight layer that is converted; if it is left though it could be, that is reported."""
-        source = tracing.weight_source(self.graph_module, node)
-        if source is None or tracing.is_normprop(source[1]):
+        source = reading.weight_source(self.graph_module, node)
+        if source is None or reading.is_normprop(source[1]):
             return False
         path, layer = source
-        if tracing.is_parametrized(layer):
+        if reading.is_parametrized(layer):
             self.owner.skip(
                 self.path(path), layer, "its weight is parametrized; remove_parametrizations first"
             )
@@ -304,11 +305,11 @@ class Rewriter:
 
     def is_norm(self, node: fx.Node) -> bool:
         """Whether it is a BatchNorm that is converted; if it is left, that is reported."""
-        if tracing.is_functional_norm(node):
-            self.owner.skip_functional(self.path(tracing.owner(node)))
+        if reading.is_functional_norm(node):
+            self.owner.skip_functional(self.path(reading.owner(node)))
             return False
         norm: Any = self.module(node)
-        if norm is None or not tracing.is_batch_norm(norm):
+        if norm is None or not reading.is_batch_norm(norm):
             return False
         path = str(node.target)
         forward = type(norm).forward
@@ -334,7 +335,7 @@ class Rewriter:
 
     def fits(self, weight: fx.Node, norm: fx.Node) -> bool:
         """Whether BatchNorm's channels (dim 1) are the weight layer's output units."""
-        source = tracing.weight_source(self.graph_module, weight)
+        source = reading.weight_source(self.graph_module, weight)
         assert source is not None
         size = shape(weight)
         if isinstance(source[1], nn.Linear):
@@ -359,7 +360,7 @@ class Rewriter:
                 while key(top) in _PASSING and len(top.users) == 1:
                     top = tensor_inputs(top)[0]
                 alone = len(top.users) == 1 and len(tensor_inputs(top)) == 1
-                if not (alone and _is_bounded(tracing.activation_of(top, self.module(top)))):
+                if not (alone and _is_bounded(reading.activation_of(top, self.module(top)))):
                     continue
                 itself = self.made_of(top) is self.made_of(other)  # x * sigmoid(2 * x)
                 if not itself and self.behind_weight(top) and self.behind_weight(other):
@@ -369,7 +370,7 @@ class Rewriter:
 
     def made_of(self, node: fx.Node) -> fx.Node:
         """The map from which a node is made, by operations without weights that read it alone and keep its shape."""
-        while tracing.weight_source(self.graph_module, node) is None:
+        while reading.weight_source(self.graph_module, node) is None:
             sources = {n for n in tensor_inputs(node) if n.op != "get_attr"}
             if len(sources) != 1 or shape(*sources) != shape(node):
                 break
@@ -393,7 +394,7 @@ class Rewriter:
     @functools.cached_property
     def weight_mask(self) -> int:
         """The weight layers, as bits."""
-        layers = (tracing.weight_source(self.graph_module, node) is not None for node in self.nodes)
+        layers = (reading.weight_source(self.graph_module, node) is not None for node in self.nodes)
         return sum(1 << index for index, is_layer in enumerate(layers) if is_layer)
 
     # Rewrite ------------------------------------------------------------------------------------
@@ -433,7 +434,7 @@ class Rewriter:
     def chain_name(self, chain: _Chain) -> str:
         parts = []
         if chain.weight is not None:
-            source = tracing.weight_source(self.graph_module, chain.weight)
+            source = reading.weight_source(self.graph_module, chain.weight)
             assert source is not None
             parts.append(type(source[1]).__name__)
         if chain.norm is not None:
@@ -450,7 +451,7 @@ class Rewriter:
         self.owner.replaced(self.path(path), source, ", ".join(filter(None, details)))
 
     def build_layer(self, chain: _Chain, head: fx.Node) -> nn.Module:
-        source = tracing.weight_source(self.graph_module, head)
+        source = reading.weight_source(self.graph_module, head)
         assert source is not None
         path, layer = source
         kind = next(new for old, new in _LAYERS.items() if isinstance(layer, old))
@@ -497,7 +498,7 @@ class Rewriter:
     def hand_over(self, path: str, layer: Any, norm: fx.Node | None, new: Any) -> None:
         """Which parameter took whose place, and requires_grad."""
         full = self.path(path)
-        if hasattr(layer, "weight") and not tracing.is_batch_norm(layer):
+        if hasattr(layer, "weight") and not reading.is_batch_norm(layer):
             self.owner.moved[f"{full}.weight"] = f"{full}.weight"
             if layer.bias is not None:
                 self.owner.moved[f"{full}.bias"] = f"{full}.bias" if norm is None else None
@@ -588,7 +589,7 @@ class Rewriter:
             if chain is not None:
                 chain.start = self.gate_gain
                 self.gated.add(node)
-        phis = {top: tracing.activation_of(top, self.module(top)) for _, top in gates.values()}
+        phis = {top: reading.activation_of(top, self.module(top)) for _, top in gates.values()}
         inner = {n for c in chains.values() for n in (c.weight, c.norm, c.act)}
         for node in self.nodes:
             if node in chains:
@@ -650,13 +651,13 @@ class Rewriter:
 
     def install(self, node: fx.Node, name: str, module: nn.Module, source: str = "") -> str:
         """Place a new module beside the code that it serves; the same in both modes' graphs."""
-        where = tracing.owner(node)
+        where = reading.owner(node)
         if node.op == "call_module" and has(self.graph_module, where.rpartition(".")[0]):
             where = where.rpartition(".")[0]
         while (
             where
             and has(self.graph_module, where)
-            and isinstance(self.graph_module.get_submodule(where), tracing.WEIGHT_LAYERS)
+            and isinstance(self.graph_module.get_submodule(where), reading.WEIGHT_LAYERS)
         ):
             where = where.rpartition(".")[0]
         base = f"{where}.{name}" if where else name
@@ -711,7 +712,7 @@ class Rewriter:
                 if chain.weight is None or chain.activation is not None:
                     return None
                 return chain if len(self.calls[self.local(chain.weight)]) <= 1 else None
-            random = isinstance(module, nn.Dropout) or type(module).__name__ in tracing.RANDOM_NAMES
+            random = isinstance(module, nn.Dropout) or type(module).__name__ in reading.RANDOM_NAMES
             if not (random or isinstance(module, nn.Identity) or key(node) in _PASSING):
                 return None
             node = tensor_inputs(node)[0]
@@ -840,13 +841,13 @@ class Rewriter:
         for _ in range(8):
             module = self.module(node)
             phi = getattr(module, "activation", None)
-            if isinstance(phi, nn.Module) and tracing.is_normprop(module):
+            if isinstance(phi, nn.Module) and reading.is_normprop(module):
                 return _out_of_place(phi)
-            found = tracing.activation_of(node, module)
+            found = reading.activation_of(node, module)
             if found is not None:
                 return _out_of_place(found)
             inputs = tensor_inputs(node)
-            if not inputs or tracing.is_normprop(module):
+            if not inputs or reading.is_normprop(module):
                 return None
             node = inputs[0]
         return None
@@ -867,16 +868,16 @@ def _normalized_pool(node: fx.Node, module: nn.Module | None, phi: nn.Module | N
             if spatial and size is not None and len(size) == 4
             else None
         )
-    if name not in tracing.POOLS:
+    if name not in reading.POOLS:
         return None
-    kind, adaptive, d = tracing.POOLS[name]
+    kind, adaptive, d = reading.POOLS[name]
     names = _POOL_ARGUMENTS["adaptive" if adaptive else kind]
     if module is not None:
         given = {n: getattr(module, n) for n in (*names, "return_indices") if hasattr(module, n)}
     else:
         given = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
     if given.pop("return_indices", False) or any(
-        tracing.nodes_in(v) for n, v in given.items() if n != "input"
+        reading.nodes_in(v) for n, v in given.items() if n != "input"
     ):
         return None
     options = {n: value for n, value in given.items() if n not in ("input", "inplace")}

@@ -1,9 +1,4 @@
-"""A model as a torch.fx graph whose nodes know their values' shapes, and one view of a node's meaning.
-
-Code may write a ReLU as a module, a function, a method or in place, and a convolution as a module or
-as ``F.conv2d(x, self.weight, ...)``. The passes (predict, convert, fold) ask a node's *key* and see
-one spelling.
-"""
+"""A model as a torch.fx graph whose nodes know their values' shapes; in parts, where torch.fx cannot follow it."""
 
 from __future__ import annotations
 
@@ -17,62 +12,38 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 
-from normprop import activations, pools
-from normprop.modules import NormalizedActivation, NormPropLayer
-
-WEIGHT_LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+from normprop import pools
+from normprop.graph.inplace import name_what_is_written, written_attributes
+from normprop.graph.reading import (
+    OURS,
+    RANDOM_NAMES,
+    WEIGHT_LAYERS,
+    TraceError,
+    attribute,
+    home_of_forward,
+    is_batch_norm,
+    is_normprop,
+    is_weight_layer,
+    key,
+    own_activation,
+    owner,
+    package,
+    tensor_inputs,
 )
-RANDOM_NAMES = ("DropPath", "StochasticDepth")
-_FUNCTIONAL_WEIGHTS = {
-    "linear",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-}
 
-
-# Of torch's pools, as modules and as functions: kind, whether adaptive, spatial dims.
-POOLS = {
-    name: (kind, bool(adaptive), d)
-    for d in (1, 2, 3)
-    for kind in ("max", "avg")
-    for adaptive in ("", "adaptive")
-    for name in (
-        f"{adaptive.capitalize()}{kind.capitalize()}Pool{d}d",
-        f"{adaptive}_{kind}_pool{d}d".strip("_"),
-    )
-}
 WRAPPERS = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "FullyShardedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
-OURS = tuple(f"normprop.{name}" for name in ("modules", "merges", "pools", "data_norm", "activations"))
-
-
-class TraceError(ValueError):
-    """torch.fx cannot follow the model's code."""
 
 
 class _Concrete:
@@ -136,11 +107,6 @@ class _Attribute(_Concrete, fx.proxy.Attribute):
     pass
 
 
-def home_of_forward(module: nn.Module) -> str:
-    """The Python module that a module's forward is written in."""
-    return getattr(inspect.getattr_static(type(module), "forward", None), "__module__", "")
-
-
 def check_forward(module: nn.Module) -> None:
     """Raises TraceError for a subclass of a NormProp layer that computes something else."""
     if is_normprop(module) and not home_of_forward(module).startswith("normprop."):
@@ -189,7 +155,7 @@ class _Tracer(fx.Tracer):
             or is_weight_layer(m)
             or is_batch_norm(m)
             or type(m).__name__ in RANDOM_NAMES
-            or _package(type(m).__module__) == "einops"
+            or package(type(m).__module__) == "einops"
             or own_activation(m) is not None
         )
 
@@ -199,7 +165,7 @@ class _Tracer(fx.Tracer):
         sliced = type(m) is nn.Sequential and m not in (self.submodule_paths or {})  # blocks[:2](x)
         if self.evaluating or sliced:
             return forward(*args, **kwargs)
-        if type(m).__name__ == "Rearrange" and _package(type(m).__module__) == "einops":
+        if type(m).__name__ == "Rearrange" and package(type(m).__module__) == "einops":
             moved = self.create_proxy("call_function", self.rearrange, (*args, m.pattern), m.axes_lengths)
             moved.node.meta["is_wrapped"] = True  # fx's, for pickle: not to be followed inside
             return moved
@@ -354,7 +320,7 @@ def trace(
         ) from error
     graph._tracer_cls = None  # unpickling would call it
     _drop_fixed_arguments(graph)
-    _name_what_is_written(model, graph)
+    name_what_is_written(model, graph)
     for node in list(reversed(graph.nodes)):  # reading a shape for a decision leaves dead nodes
         if (
             not node.users
@@ -368,7 +334,7 @@ def trace(
     result.meta["contexts"] = sorted(tracer.contexts)
     result.meta["left"] = sorted(left)
     result.meta["dropped"] = sorted(dropped)
-    result.meta["lost"] = sorted(lost | _written_attributes(model, graph))
+    result.meta["lost"] = sorted(lost | written_attributes(model, graph))
     result.meta["iterated"] = tracer.iterated
     for node in graph.nodes:  # fx copies the weight alone: the layer says what it is
         path = str(node.target).rpartition(".")[0]
@@ -418,10 +384,10 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
     as_it_is, as_checkpoint = torch.as_tensor, torch.utils.checkpoint.checkpoint
     as_enter = torch.autocast.__enter__
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    packages = {_package(cls.__module__) for cls in classes} - {"builtins", "torch", "normprop"}
+    packages = {package(cls.__module__) for cls in classes} - {"builtins", "torch", "normprop"}
     with ExitStack() as undo:
         for name, home in list(sys.modules.items()):
-            if _package(name) in packages and isinstance(home, ModuleType):
+            if package(name) in packages and isinstance(home, ModuleType):
                 undo.enter_context(_set(home, "isinstance", is_instance))
                 for own in [n for n, value in vars(home).items() if value is as_checkpoint]:
                     undo.enter_context(_set(home, own, checkpoint))
@@ -431,10 +397,6 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
         undo.enter_context(_set(torch.utils.checkpoint, "checkpoint", checkpoint))
         undo.enter_context(_set(torch.autocast, "__enter__", enter))
         yield
-
-
-def _package(name: str) -> str:
-    return name.partition(".")[0]
 
 
 @contextmanager
@@ -508,19 +470,6 @@ def _containers(module: nn.Module) -> dict[str, Any]:
     """Copies of the lists, dicts and sets that a module holds."""
     own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
     return {name: copy.copy(value) for name, value in own.items() if type(value) in (list, dict, set)}
-
-
-def _written_attributes(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """The tensors of the model's own that its code writes into."""
-    owned = {_storage(n) or id(n): n for n in graph.nodes if n.op == "get_attr"}
-    found = set()
-    for node in graph.nodes:
-        target = node.args[0] if node.args else None
-        if isinstance(target, fx.Node) and writes_in_place(model, node):
-            source = owned.get(_storage(target) or id(target))
-            if source is not None and not str(source.target).startswith("_tensor_constant"):
-                found.add(f"writes into self.{source.target}")
-    return found
 
 
 def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
@@ -726,119 +675,6 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def writes_in_place(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a node overwrites its first argument."""
-    module = module_of(root, node)
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return (
-        bool(getattr(module, "inplace", False))
-        or bool(node.kwargs.get("inplace"))
-        or (node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"))
-        or (node.op == "call_function" and node.target in _IN_PLACE)
-    )
-
-
-def _name_what_is_written(model: nn.Module, graph: fx.Graph) -> None:
-    """Who reads a tensor after it was overwritten reads the node that wrote it."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        target = node.args[0] if node.args else None
-        if isinstance(target, fx.Node) and writes_in_place(model, node) and _is_map(target):
-            for user in list(target.users):
-                if order[user] > order[node]:
-                    user.replace_input_with(target, node)
-            for other in _other_names(model, target):
-                read_later = any(order[user] > order[node] for user in other.users)
-                if order[other] < order[node] and read_later and _overlap(target, other):
-                    raise TraceError(
-                        f"'{node}' writes into '{target}', of which '{other}', read later, is another view; "
-                        "write it out of place"
-                    )
-
-
-def _other_names(model: nn.Module, node: fx.Node) -> Iterator[fx.Node]:
-    """The other names of a node's memory: by storage; without values its views, and what it is a view of."""
-    if isinstance(node.meta.get("value"), Tensor):
-        storage = _storage(node)
-        yield from (other for other in node.graph.nodes if other is not node and _storage(other) == storage)
-        return
-
-    def is_view(n: fx.Node) -> bool:
-        name = type(model.get_submodule(str(n.target))).__name__ if n.op == "call_module" else key(n)
-        return name in _VIEWS
-
-    base = node
-    while is_view(base) and isinstance(base.args[0], fx.Node):
-        base = base.args[0]
-        yield base
-    views = [user for user in node.users if is_view(user)]
-    for view in views:  # grows
-        yield view
-        views += [user for user in view.users if is_view(user)]
-
-
-def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("value")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
-def _overlap(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two views of one memory share an element; yes, if it is not known."""
-    a, b = (n.meta.get("value") for n in (node, other))
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dtype != b.dtype:
-        return True
-    seen = torch.zeros(a.untyped_storage().nbytes() // a.element_size(), dtype=torch.bool)
-    seen.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
-    return bool(seen.as_strided(b.shape, b.stride(), b.storage_offset()).any())
-
-
-def _is_map(node: fx.Node) -> bool:
-    """Not a number or a size, which ``+=`` does not overwrite."""
-    value = node.meta.get("value")
-    return value is None or isinstance(value, Tensor)
-
-
-_VIEWS = {
-    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "movedim",
-    "swapaxes", "rearrange", "squeeze", "unsqueeze", "expand", "expand_as", "narrow", "getitem", "chunk", "split",
-    "unbind", "t", "detach", "contiguous", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout2d", "Dropout3d",
-}  # fmt: skip
-
-
-def write_nothing_in_place(graph_module: fx.GraphModule) -> None:
-    """A layer may have kept for its backward what an in-place operation behind it would overwrite."""
-    for node in graph_module.graph.nodes:
-        module = module_of(graph_module, node)
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[union-attr, assignment]
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_function" and node.target in _IN_PLACE:
-            node.target = _IN_PLACE[node.target]
-        elif writes_in_place(graph_module, node) and not _fills(node):
-            name = str(node.target) if node.op == "call_method" else node.target.__name__
-            plain = name.removesuffix("_")
-            home = next((m for m in (torch.nn.functional, torch) if hasattr(m, plain)), None)
-            if node.op == "call_method" and hasattr(Tensor, plain):
-                node.target = plain
-            elif node.op == "call_function" and home is not None:
-                node.target = getattr(home, plain)
-
-
-def _fills(node: fx.Node) -> bool:
-    """Whether a node writes in place what has no out-of-place twin."""
-    home = getattr(node.target, "__module__", None) or ""
-    return node.target in ("requires_grad_", "bernoulli_") or home == "torch.nn.init"
-
-
-_IN_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-}
-
-
 def below(prefix: str, name: str) -> str:
     """The path of what is called ``name`` in the module at ``prefix``; either may be empty."""
     return f"{prefix}.{name}" if prefix and name else prefix or name
@@ -900,189 +736,3 @@ def guess_example(model: nn.Module) -> Tensor | None:
     else:
         return None
     return torch.empty(1, *size, device="meta", dtype=None if first is None else first.weight.dtype)
-
-
-def is_normprop(module: Any) -> bool:
-    """Whether it is a layer that follows a rule, or a normalised activation."""
-    return isinstance(module, (NormPropLayer, NormalizedActivation))
-
-
-def is_weight_layer(module: Any) -> bool:
-    """A linear or (transposed) convolution layer that computes what torch's computes."""
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in WEIGHT_LAYERS)
-
-
-def is_batch_norm(module: Any) -> bool:
-    """A BatchNorm layer, timm's with activation and SyncBatchNorm included."""
-    return isinstance(module, _BatchNorm)
-
-
-_OWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-
-def own_activation(module: nn.Module) -> nn.Module | None:
-    """The module, if it is an element-wise activation of the user's own."""
-    kind = type(module)
-    if kind.__module__.startswith(("torch.", "normprop.")) or kind.__name__ in RANDOM_NAMES:
-        return None
-    if any(True for _ in module.children()) or any(True for _ in module.parameters()):
-        return None
-    if module not in _OWN:
-        try:
-            y = module(torch.linspace(-3, 3, 7, dtype=torch.float64))
-            _OWN[module] = isinstance(y, Tensor) and not isinstance(
-                activations.as_module(copy.deepcopy(module)), nn.Identity
-            )
-        except Exception:
-            _OWN[module] = False
-    return module if _OWN[module] else None
-
-
-def module_of(graph_module: nn.Module, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls; None if it calls none."""
-    return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-
-
-_FOREIGN = ("torch", "_operator", "builtins", "math", "operator", "einops")
-
-
-def key(node: fx.Node) -> str:
-    """What a function or method node does, in one spelling: ``add`` for ``+``, ``+=``, ``torch.add``, ``x.add_``.
-
-    A function that is not torch's or Python's gets its full name; other nodes get their kind.
-    """
-    if node.op == "call_method":
-        return _spelling(str(node.target))
-    if node.op != "call_function":
-        return node.op
-    name = getattr(node.target, "__name__", str(node.target))
-    home = getattr(node.target, "__module__", None) or "torch"
-    if home.split(".")[0] not in _FOREIGN:
-        return f"{home}.{name}"
-    return _spelling(name)
-
-
-_SAME = {
-    "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "div", "truediv": "div",
-    "concat": "cat", "concatenate": "cat", "multiply": "mul", "divide": "div", "subtract": "sub",
-    "bmm": "matmul", "_threshold": "threshold",
-}  # fmt: skip
-
-
-def _spelling(name: str) -> str:
-    name = name.removesuffix("_") if not name.endswith("__") else name
-    return _SAME.get(name, name)
-
-
-_ROWS = {
-    function.__name__.removesuffix("_"): row for row in activations.TABLE for function in row.functions
-}
-
-
-def activation_of(node: fx.Node, module: nn.Module | None) -> nn.Module | None:
-    """The element-wise activation that a node applies to its one input, as a module; None if none."""
-    if module is not None:
-        if type(module) in activations.BY_MODULE:
-            return module
-        return own_activation(module)
-    row = _ROWS.get(key(node)) if node.op in ("call_function", "call_method") else None
-    if row is None or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
-    if any(isinstance(v, fx.Node) for v in (*node.args[1:], *kwargs.values())):
-        return None
-    names = row.parameters
-    values = dict(zip(names, node.args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in names}
-    return row.module(**values) if values else row.build()
-
-
-def weight_source(graph_module: nn.Module, node: fx.Node) -> tuple[str, nn.Module] | None:
-    """Path and module of a weight layer that a node computes; ``F.conv2d(x, self.weight)`` counts."""
-    module = module_of(graph_module, node)
-    if module is not None:
-        ours = isinstance(module, NormPropLayer)
-        return (str(node.target), module) if ours or is_weight_layer(module) else None
-    if node.op != "call_function" or key(node) not in _FUNCTIONAL_WEIGHTS or len(node.args) < 2:
-        return None
-    weight = node.args[1]
-    if not isinstance(weight, fx.Node) or weight.op != "get_attr":
-        return None
-    path, _, name = str(weight.target).rpartition(".")
-    owner = graph_module.get_submodule(path)
-    if name != "weight" or not isinstance(owner, WEIGHT_LAYERS) or not _calls_as_built(node, path, owner):
-        return None
-    return path, owner
-
-
-def _calls_as_built(node: fx.Node, path: str, layer: Any) -> bool:
-    """Whether a function call does what its weight's layer would do, but for the padding."""
-    if getattr(layer, "transposed", False):
-        return False
-    names = ("bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, node.args[2:], strict=False)) | dict(node.kwargs)
-    bias = given.pop("bias", None)
-    own = (
-        isinstance(bias, fx.Node)
-        and bias.op == "get_attr"
-        and str(bias.target) == f"{path}.bias".lstrip(".")
-    )
-    if not (own if layer.bias is not None else bias is None):
-        return False
-    for name, default in (("stride", 1), ("dilation", 1), ("groups", 1)):
-        if hasattr(layer, name):
-            value: Any = given.get(name, default)
-            built = getattr(layer, name)
-            if isinstance(built, tuple) and isinstance(value, int):
-                value = (value,) * len(built)
-            if (tuple(value) if isinstance(built, tuple) else value) != built:
-                return False
-    return True
-
-
-def is_functional_norm(node: fx.Node) -> bool:
-    """Whether a node is ``F.batch_norm``."""
-    return key(node) == "batch_norm" and node.op == "call_function"
-
-
-def is_parametrized(module: nn.Module) -> bool:
-    """Whether its weight is computed from other parameters: by parametrize, or by a hook as older tools do."""
-    return parametrize.is_parametrized(module) or "weight" not in module._parameters
-
-
-def nodes_in(value: Any) -> list[fx.Node]:
-    """What of an argument, or of a part of it, is computed in the graph: in order, each as often as it is named."""
-    found: list[fx.Node] = []
-
-    def note(node: fx.Node) -> fx.Node:
-        found.append(node)
-        return node
-
-    fx.node.map_arg(value, note)
-    return found
-
-
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """A function's or method's argument, by its place or its name."""
-    return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
-
-
-def attribute(root: nn.Module, node: fx.Node) -> Any:
-    """What a ``get_attr`` node reads."""
-    return operator.attrgetter(str(node.target))(root)
-
-
-def shape(node: Any) -> tuple[int, ...] | None:
-    """The shape that the example gives a node's tensor; None if unknown."""
-    value = node.meta.get("value") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
-def tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes that a node reads, in order, each as often as it is named."""
-    return nodes_in((node.args, node.kwargs))
-
-
-def owner(node: fx.Node) -> str:
-    """Path of the module in whose forward a node is written."""
-    stack = node.meta.get("nn_module_stack")
-    return str(next(reversed(stack.values()))[0]) if stack else ""

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 import normprop
-from normprop.graph.trace import OURS
+from normprop.graph.reading import OURS
 from normprop.recipes import InputError
 from normprop.recipes.zoo import load_model
 
