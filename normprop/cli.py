@@ -647,7 +647,7 @@ def _converted(
     except normprop.ConversionError as error:
         head, *reasons = str(error).splitlines()
         raise InputError(f"MODEL {spec}: {head} {'; '.join(map(str.strip, reasons))}") from error
-    except normprop.TraceError as error:
+    except ValueError as error:
         raise InputError(f"MODEL {spec}: {error}") from error
 
 

@@ -86,6 +86,14 @@ PAPER = NormRule()
 RECOMMENDED = NormRule(centered=True, gain=1.0)
 
 
+def check_rule(rule: Any) -> None:
+    """Raises TypeError for what is not a rule."""
+    if not isinstance(rule, NormRule):
+        raise TypeError(
+            f"rule must be a normprop.NormRule, such as normprop.PAPER or normprop.RECOMMENDED, got {rule!r}"
+        )
+
+
 def constants(
     activation: nn.Module | None,
     rule: NormRule,
@@ -100,7 +108,7 @@ def constants(
         rule: ``rule.constants`` selects them.
         gain: Shape ``(out,)``, for ``"affine"``; None counts as 1.
         bias: Shape ``(out,)``, for ``"affine"``; None counts as 0.
-        standard: The two for z ~ N(0, 1) if the activation has no parameters.
+        standard: The two for z ~ N(0, 1) if the activation has no parameters and no buffers.
 
     Returns:
         Numbers, or tensors of shape ``(out,)`` (or ``(1,)``) with gradients. With ``"affine"`` the
@@ -111,7 +119,9 @@ def constants(
     if rule.constants == "standard" or (gain is None and bias is None):
         if standard is not None:
             return standard
-        like: Tensor = next(activation.parameters())
+        like: Tensor | None = next(activation.parameters(), None)
+        if like is None:  # of buffers: one number for all channels
+            like = next(activation.buffers()).new_zeros((), dtype=torch.float32)
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         mean, var = activations.mean_var(activation, torch.zeros_like(like), torch.ones_like(like))
         return mean, var.sqrt()
@@ -127,10 +137,10 @@ def constants(
 
 
 def standard_constants(activation: nn.Module | None) -> tuple[float, float] | None:
-    """Mean and std of phi(z), z ~ N(0, 1), as numbers; None if phi has parameters."""
+    """Mean and std of phi(z), z ~ N(0, 1), as numbers; None if phi has parameters or buffers, which may change."""
     if activation is None:
         return 0.0, 1.0
-    if activations.is_learned(activation):
+    if activations.is_learned(activation) or any(True for _ in activation.buffers()):
         return None
     result = activations.moments(activation)
     if result.std <= 1e-12 * abs(result.mean):

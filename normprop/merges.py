@@ -419,7 +419,7 @@ class NormalizedGate(nn.Module):
 
     def __init__(self, phi: Any = "sigmoid", *, std: float = 1.0) -> None:
         super().__init__()
-        self.phi = activations.as_module(phi)
+        self.phi = activations.out_of_place(activations.as_module(phi))
         self.std = float(std)
         if not (math.isfinite(self.std) and self.std >= 0):
             raise ValueError(f"std must be finite and at least 0, got {std}")

@@ -45,8 +45,7 @@ class NormPropLayer(_Activated):
 
     def _finish(self, activation: Any, rule: NormRule, out_features: int) -> None:
         """The rest of the constructor, after the torch parent's."""
-        if not isinstance(rule, NormRule):
-            raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
+        functional.check_rule(rule)
         self.rule = rule
         self.activation = activation
         self.initial_gain = initial_gain(rule, self.activation)
@@ -321,7 +320,8 @@ def scale_together(model: nn.Module) -> Handles:
 def check_model(model: Any) -> None:
     """Raises TypeError for what is not a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        inner = "; pass its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}{inner}")
 
 
 def parent_arguments(layer: Any) -> dict[str, Any]:
@@ -673,11 +673,10 @@ class NormalizedActivation(_Activated):
         super().__init__()
         if not (num_features is None or (isinstance(num_features, int) and num_features >= 1)):
             raise ValueError(f"num_features must be a number of at least 1, or None, got {num_features!r}")
-        if not isinstance(rule, NormRule):
-            raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
+        functional.check_rule(rule)
         self.rule = rule
         self.num_features = num_features
-        self.activation = activations.as_module(phi)
+        self.activation = activations.out_of_place(activations.as_module(phi))
         self.initial_gain = initial_gain(rule, self.activation)
         self.activation.to(device, dtype)
         for name in ("gain", "bias"):

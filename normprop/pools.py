@@ -552,7 +552,6 @@ def max_constants(count: int, activation: Any = "relu", correlation: float = 0.0
     return _max_moments(_phi_values(activation), (count,), correlation)[0]
 
 
-@torch.compiler.assume_constant_result
 def _max_table(
     values: tuple[float, ...], counts: tuple[int, ...], correlation: float
 ) -> tuple[tuple[float, float], ...]:
@@ -560,6 +559,10 @@ def _max_table(
     wanted = tuple(sorted(set(counts)))
     found = dict(zip(wanted, _max_moments(values, wanted, correlation), strict=True))
     return tuple(found.get(count, (0.0, 1.0)) for count in range(wanted[-1] + 1))
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself imports all of the compiler.
+_max_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _table(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -111,10 +111,10 @@ def attach_projection(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, NormPropLayer)}
     for name, layer in layers.items():
         _check_owned(layer, name)
-    if not layers:
+    if not any(isinstance(module, (NormPropLayer, NormalizedActivation)) for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} has no NormProp layer to project; build it with "
-            "normprop.NormPropLinear, NormPropConv2d, ..."
+            f"{type(model).__name__} has no NormProp layer; build it with normprop.NormPropLinear, NormPropConv2d, "
+            "..., or convert it: normprop.convert(model).model"
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if held.isdisjoint(map(id, model.parameters())):

@@ -13,6 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from normprop.data_norm import BatchDataNorm
 from normprop.graph.reading import RANDOM_NAMES, is_batch_norm
+from normprop.graph.trace import as_inputs
 from normprop.merges import NormalizedAdd
 
 
@@ -51,10 +52,10 @@ def _suspects(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _causes(model: nn.Module, x: Tensor) -> str:
+def _causes(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     """For the message: why outputs may differ; ``model`` as prepared, in train mode."""
     found = _suspects(model)
-    one, other = model(x), model(x)
+    one, other = model(*inputs), model(*inputs)
     if not one.isfinite().all():
         return "; the model returns NaN or infinite values"
     if found or torch.equal(one, other):
@@ -69,9 +70,16 @@ def _tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
 
 
-def _check_finite(x: Tensor) -> None:
-    if x.is_floating_point() and not torch.isfinite(x).all():
+def _inputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The model's inputs, checked."""
+    inputs = as_inputs(x, "x")
+    if len({len(one) for one in inputs}) > 1:
+        raise ValueError(
+            f"x needs as many samples in each input, got {', '.join(str(len(one)) for one in inputs)}"
+        )
+    if not all(torch.isfinite(one).all() for one in inputs if one.is_floating_point()):
         raise ValueError("x holds NaN or infinite values; the checks need finite data")
+    return inputs
 
 
 def _only_tensor(output: Any) -> Tensor:
@@ -88,76 +96,79 @@ def _gap(actual: Tensor, expected: Tensor, among: Tensor) -> float:
     return float((actual - expected).abs().max() / scale)
 
 
-def assert_batch_independent(model: nn.Module, x: Tensor, tolerance: float | None = None) -> None:
+def assert_batch_independent(
+    model: nn.Module, x: Tensor | tuple[Tensor, ...], tolerance: float | None = None
+) -> None:
     """In train mode, each sample's output is what it is when the sample comes alone.
 
     Equal up to kernel rounding: 1e-5 in float32, 1e-12 in float64, relative to the largest output.
     Dropout, stochastic depth and BatchDataNorm are switched off, with a warning that names them.
 
     Args:
-        model: Any model from one tensor to one tensor; it is copied, not changed.
-        x: At least two samples, shape ``(N, ...)``.
+        model: Any model that returns one tensor; it is copied, not changed.
+        x: At least two samples, shape ``(N, ...)``, or a tuple of the model's inputs.
         tolerance: In place of the default.
 
     Raises:
         AssertionError: If a sample's output depends on the others, or the model refuses one sample.
         ValueError: If ``x`` has fewer than two samples or is not finite.
     """
-    if x.shape[0] < 2:
-        raise ValueError(f"x needs at least 2 samples, got {x.shape[0]}")
-    _check_finite(x)
+    inputs = _inputs(x)
+    count = len(inputs[0])
+    if count < 2:
+        raise ValueError(f"x needs at least 2 samples, got {count}")
     twin = _prepared(model)
     with torch.no_grad():
-        together = _only_tensor(twin(x))
+        together = _only_tensor(twin(*inputs))
         limit = _tolerance(together.dtype) if tolerance is None else tolerance
-        for index in range(x.shape[0]):
+        for index in range(count):
             try:
-                alone = twin(x[index : index + 1])
+                alone = twin(*(one[index : index + 1] for one in inputs))
             except Exception as error:
                 raise AssertionError(
                     f"the model fails on sample {index} alone: {error}{_suspects(model)}"
                 ) from error
-            if alone.shape[:1] != (1,) or together.shape[:1] != x.shape[:1]:
+            if alone.shape[:1] != (1,) or together.shape[:1] != (count,):
                 raise ValueError(
-                    f"the model makes an output of shape {tuple(together.shape)} of {len(x)} samples and "
+                    f"the model makes an output of shape {tuple(together.shape)} of {count} samples and "
                     f"{tuple(alone.shape)} of one; expected one row a sample"
                 )
             gap = _gap(alone[0], together[index], together)
             if not gap <= limit:
                 raise AssertionError(
                     f"sample {index}'s output depends on the rest of its batch: alone it differs by "
-                    f"{gap:.2g} of the largest output (limit {limit:.0e}){_causes(twin, x)}"
+                    f"{gap:.2g} of the largest output (limit {limit:.0e}){_causes(twin, inputs)}"
                 )
 
 
-def assert_train_equals_eval(model: nn.Module, x: Tensor) -> None:
+def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> None:
     """``model.train()(x)`` equals ``model.eval()(x)`` bit for bit, and no buffer changes.
 
     Dropout, stochastic depth and BatchDataNorm are switched off, with a warning that names them.
 
     Args:
-        model: Any model from one tensor to one tensor; it is copied, not changed.
-        x: Shape ``(N, ...)``.
+        model: Any model that returns one tensor; it is copied, not changed.
+        x: Shape ``(N, ...)``, or a tuple of the model's inputs.
 
     Raises:
         AssertionError: If outputs differ in any bit, or a forward pass changes a buffer.
         ValueError: If ``x`` is not finite.
     """
-    _check_finite(x)
+    inputs = _inputs(x)
     twin = _prepared(model)
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     with torch.no_grad():
         try:
-            trained = twin(x)
+            trained = twin(*inputs)
         except Exception as error:
             raise AssertionError(f"the model fails in train mode: {error}{_suspects(model)}") from error
         _only_tensor(trained)
         changed = [n for n, b in twin.named_buffers() if not torch.equal(b, buffers[n])]
-        evaluated = copy.deepcopy(twin).eval()(x)
+        evaluated = copy.deepcopy(twin).eval()(*inputs)
     if not torch.equal(trained, evaluated):
         raise AssertionError(
             f"train() and eval() differ by {_gap(trained, evaluated, evaluated):.2g} of the largest output"
-            f"{_causes(twin, x)}"
+            f"{_causes(twin, inputs)}"
         )
     if changed:
         raise AssertionError(f"a forward pass changes the buffers {', '.join(changed)}{_suspects(model)}")
@@ -165,7 +176,7 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor) -> None:
 
 def assert_accumulation_equals_batch(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | tuple[Tensor, ...],
     y: Tensor,
     loss: Callable[[Any, Tensor], Tensor],
     micro_batch: int = 1,
@@ -174,8 +185,8 @@ def assert_accumulation_equals_batch(
     """The gradient summed over micro-batches is the gradient of the whole batch.
 
     Args:
-        model: Any model from one tensor to what ``loss`` takes; it is copied, not changed.
-        x: Shape ``(N, ...)``.
+        model: Any model; it is copied, not changed.
+        x: Shape ``(N, ...)``, or a tuple of the model's inputs.
         y: Targets, N of them.
         loss: ``loss(output, target)``, the mean over samples, such as ``F.cross_entropy``.
         micro_batch: Samples in a micro-batch.
@@ -189,22 +200,23 @@ def assert_accumulation_equals_batch(
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-    if len(x) <= micro_batch or len(y) != len(x):
+    inputs = _inputs(x)
+    count = len(inputs[0])
+    if count <= micro_batch or len(y) != count:
         raise ValueError(
-            f"x needs more samples than micro_batch={micro_batch} and y as many, got {len(x)} and {len(y)}"
+            f"x needs more samples than micro_batch={micro_batch} and y as many, got {count} and {len(y)}"
         )
-    _check_finite(x)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no trainable parameter")
     whole = _prepared(model)
     parts = copy.deepcopy(whole)
-    loss(whole(x), y).backward()
-    for a, b in zip(x.split(micro_batch), y.split(micro_batch), strict=True):
+    loss(whole(*inputs), y).backward()
+    for *a, b in zip(*(one.split(micro_batch) for one in (*inputs, y)), strict=True):
         try:
-            (loss(parts(a), b) * (a.shape[0] / x.shape[0])).backward()
+            (loss(parts(*a), b) * (len(b) / count)).backward()
         except Exception as error:
             raise AssertionError(
-                f"the model fails on a micro-batch of {a.shape[0]}: {error}{_suspects(model)}"
+                f"the model fails on a micro-batch of {len(b)}: {error}{_suspects(model)}"
             ) from error
     largest = max(
         (float(p.grad.abs().max()) for p in whole.parameters() if p.grad is not None), default=0.0
@@ -221,7 +233,7 @@ def assert_accumulation_equals_batch(
         gap = float((p.grad - q.grad).abs().max()) / scale
         if not gap <= limit:
             raise AssertionError(
-                f"{name}: {x.shape[0]} samples in micro-batches of {micro_batch} give a gradient that "
+                f"{name}: {count} samples in micro-batches of {micro_batch} give a gradient that "
                 f"differs from the whole batch's by {gap:.2g} of its largest entry "
                 f"(limit {limit:.0e}){_suspects(model)}"
             )

@@ -1016,3 +1016,40 @@ def test_einops_is_followed():
     layouts = [record for record in normprop.predict(fresh.model, x) if "rearrange" in record.name]
     assert len(layouts) == 2
     assert not any(record.note for record in layouts)
+
+
+# --- examples that a model does not take --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preserve", [False, True], ids=["fresh", "preserved"])
+@pytest.mark.parametrize(
+    ("example", "told"),
+    [
+        (torch.randn(3, 8, 8), r"\(\(3, 8, 8\) torch.float32\): expected 4D input"),
+        (torch.randn(2, 4, 8, 8), r"\(\(2, 4, 8, 8\) torch.float32\): .* to have 3 channels"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"\(\(2, 3, 8, 8\) torch.uint8\): Input type"),
+        (torch.randn(2, 3, 2, 2), r"\(\(2, 3, 2, 2\) torch.float32\): .* greater than actual input size"),
+    ],
+    ids=["no batch", "channels", "bytes", "too small"],
+)
+def test_an_example_that_the_model_does_not_take_is_refused(example, told, preserve):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
+    with pytest.raises(ValueError, match=r"the model does not take example " + told):
+        normprop.convert(net, example=example, preserve=preserve)
+
+
+def test_a_weight_read_by_a_function_without_its_padding_mode():
+    class Zeros(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular")
+            self.norm = nn.BatchNorm2d(6)
+
+        def forward(self, x):
+            return self.norm(F.conv2d(x, self.conv.weight, self.conv.bias, padding=1))
+
+    model, x = Zeros().eval(), torch.randn(2, 3, 8, 8)
+    converted = normprop.convert(model, preserve=True, example=x).model
+    torch.testing.assert_close(converted(x), model(x))

@@ -974,3 +974,24 @@ def test_no_map_more_is_kept_than_without_normalisation(activation, rule):
     assert kept(layer) == kept(
         nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), activations.as_module(activation))
     )
+
+
+class Shifted(nn.Module):
+    def __init__(self, by=0.0):
+        super().__init__()
+        self.register_buffer("by", torch.tensor(by))
+
+    def forward(self, x):
+        return torch.relu(x - self.by)
+
+
+def test_constants_follow_the_buffers_of_an_activation():
+    one, other = (normprop.NormPropLinear(64, 64, activation=Shifted(by)) for by in (1.0, 0.0))
+    other.load_state_dict(one.state_dict())
+    x = torch.randn(32, 64)
+    torch.testing.assert_close(other(x), one(x))
+    torch.testing.assert_close(normprop.fold(nn.Sequential(other), verify=x)(x), one(x))
+    truth = normprop.moments(lambda u: torch.relu(u - 1.0))
+    mean, std = normprop.functional.constants(one.activation, one.rule, one.gain, one.bias, one.standard)
+    assert float(mean) == pytest.approx(truth.mean, abs=1e-6)
+    assert float(std) == pytest.approx(truth.std, abs=1e-6)

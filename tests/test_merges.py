@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd import gradcheck
 
-from normprop import activations, merges, pools
+import normprop
+from normprop import NormalizedActivation, activations, merges, pools
 from normprop.merges import (
     NormalizedAdd,
     NormalizedCat,
@@ -749,3 +750,22 @@ def test_pools_are_built_on_the_meta_device(pool):
     assert repr(there) == repr(pool(2))
     x = torch.randn(2, 3, *[5] * there._spatial)
     torch.testing.assert_close(there(x), pool(2)(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "phi", [nn.SiLU(inplace=True), nn.ReLU(inplace=True), nn.Hardtanh(0.0, 1.0, inplace=True)]
+)
+def test_what_others_read_is_not_overwritten(phi):
+    x, z = randn(5, 3), randn(5, 3, seed=1)
+    before = x.clone(), z.clone()
+    rule = normprop.NormRule(constants="none")
+    plain = type(phi)(0.0, 1.0) if isinstance(phi, nn.Hardtanh) else type(phi)()
+    for own, other in (
+        (NormalizedActivation(phi, rule=rule), NormalizedActivation(plain, rule=rule)),
+        (NormalizedActivation(phi), NormalizedActivation(plain)),
+    ):
+        torch.testing.assert_close(own(x), other(x))
+    NormalizedGate(phi)(x, z)
+    assert torch.equal(x, before[0])
+    assert torch.equal(z, before[1])
+    assert phi.inplace  # the caller's own is as it was

@@ -130,3 +130,11 @@ def test_everything_public_is_documented():
 def test_what_is_no_module_is_refused(function):
     with pytest.raises(TypeError, match=r"^model must be an nn.Module, got int"):
         function(3)
+
+
+def test_the_compiler_is_not_imported():
+    """It takes longer than all the rest; torch's own decorator sets the same mark."""
+    code = "import sys, normprop; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(marked) == {"_dynamo_marked_constant": True} == vars(normprop.pools._max_table)

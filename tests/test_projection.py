@@ -146,9 +146,7 @@ def test_attached_projection_works_with_a_closure():
 
 def test_attach_projection_refuses_models_without_our_layers():
     model = nn.Sequential(nn.Linear(3, 2))
-    with pytest.raises(
-        ValueError, match="Sequential has no NormProp layer to project; build it with normprop"
-    ):
+    with pytest.raises(ValueError, match="Sequential has no NormProp layer; build it with normprop"):
         normprop.attach_projection(torch.optim.SGD(model.parameters(), lr=1), model)
 
 
@@ -704,3 +702,14 @@ def test_sharded_parameters_train_as_whole_ones(mesh, options):
             optimizer.step()
     for p, q in zip(sharded.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q.data)
+
+
+def test_a_model_of_normalised_activations_alone():
+    """What preserve=True makes of Linear -> ReLU -> BatchNorm: no row to project, gains and biases to bound."""
+    model = nn.Sequential(nn.Linear(4, 8), normprop.NormalizedActivation("relu", 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=100.0)
+    normprop.attach_projection(optimizer, model, trust_radius=0.01)
+    before = model[1].bias.detach().clone()
+    model(torch.randn(16, 4)).square().sum().backward()
+    optimizer.step()
+    assert 0 < float((model[1].bias.detach() - before).abs().max()) < 0.0101

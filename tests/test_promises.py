@@ -327,3 +327,30 @@ def test_the_checks_refuse_what_they_cannot_judge():
             check(nn.LSTM(3, 2), x)
     with pytest.raises(ValueError, match="no trainable parameter"):
         assert_accumulation_equals_batch(net.requires_grad_(False), x, y, F.mse_loss)
+
+
+class TwoInputs(nn.Module):
+    """A sum over the batch, if it is asked for, in the second input alone."""
+
+    def __init__(self, mixes=False):
+        super().__init__()
+        self.a, self.b, self.mixes = nn.Linear(4, 3), nn.Embedding(5, 3), mixes
+
+    def forward(self, x, category):
+        y = self.b(category)
+        return self.a(x) + (y - y.mean(0) if self.mixes else y)
+
+
+def test_models_of_several_inputs():
+    x = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 5
+    y = torch.arange(6) % 3
+    model = TwoInputs().double()
+    assert_batch_independent(model, x)
+    assert_train_equals_eval(model, x)
+    assert_accumulation_equals_batch(model, x, y, F.cross_entropy, micro_batch=4)
+    with pytest.raises(AssertionError, match="depends on the rest of its batch"):
+        assert_batch_independent(TwoInputs(mixes=True).double(), x)
+    with pytest.raises(AssertionError, match="differs from the whole batch"):
+        assert_accumulation_equals_batch(TwoInputs(mixes=True).double(), x, y, F.cross_entropy)
+    with pytest.raises(ValueError, match="as many samples in each input, got 6, 5"):
+        assert_batch_independent(model, (x[0], x[1][:5]))

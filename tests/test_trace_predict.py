@@ -8,6 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from code_model import Code
 from torch import nn
 
@@ -887,3 +888,91 @@ def test_long_maps_take_no_more_memory_than_their_length():
     short = predict(model, torch.empty(1, 1, 4_000, device="meta"))
     for far, near in zip(trace, short, strict=True):
         assert (far.mean, far.var) == pytest.approx((near.mean, near.var), abs=2e-3)
+
+
+# --- what is measured of trained networks -----------------------------------------------------------
+
+
+def pairs(model, x):
+    trace = normprop.measure(model, x)
+    return {r.name: (r, p) for r, p in trace.shown(every=True)}
+
+
+def test_batch_norm_in_eval_mode_is_what_it_has_seen():
+    torch.manual_seed(0)
+    model, x = torchvision.models.resnet18(), torch.randn(16, 3, 64, 64)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+    fresh = pairs(model.eval(), x)["bn1"]
+    assert fresh[1].std == pytest.approx(fresh[0].std, rel=0.1)  # nothing seen: nothing is subtracted
+    with torch.no_grad():
+        model.train()(x)
+    found = {
+        name: pair for name, pair in pairs(model.eval(), x).items() if pair[0].op in ("BatchNorm2d", "ReLU")
+    }
+    assert len(found) == 37
+    close = [
+        abs(math.log(p.std / r.std)) < math.log(1.2) and abs(p.mean - r.mean) < 0.2 * r.std
+        for r, p in found.values()
+    ]
+    assert all(close)
+    for _, predicted in found.values():
+        assert "were measured" in predicted.note or predicted.op == "ReLU" or not predicted.note
+
+
+def test_a_norm_of_a_map_as_small_as_its_eps():
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
+    with torch.no_grad():
+        for parameter in model[0].parameters():
+            parameter.mul_(1e-3)
+    one, two = pairs(model, torch.randn(512, 64))["_1"]
+    assert one.std < 0.3
+    assert two.std == pytest.approx(one.std, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "drop", [nn.Dropout(0.5), nn.Dropout1d(0.3), Code(lambda self, x: F.dropout(x, 0.5))]
+)
+def test_dropout_that_drops(drop):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), drop, nn.Linear(64, 64))
+    found = pairs(model, torch.randn(4096, 64))
+    for name in ("_1", "_3"):
+        one, two = found[name]
+        assert (two.std, two.gradient) == pytest.approx((one.std, one.gradient), rel=0.1)
+    assert predict(model.eval(), torch.randn(2, 64))["3"].std < 0.85 * found["_3"][1].std or isinstance(
+        drop, Code
+    )
+
+
+def test_averages_stay_where_their_values_are():
+    gem = Code(lambda self, x: x.clamp(1e-6).pow(3).mean((-2, -1)).pow(1 / 3))
+    trace = predict(nn.Sequential(nn.Conv2d(3, 32, 3), gem, nn.Linear(32, 4)), randn(2, 3, 32, 32))
+    assert all(math.isfinite(r.std) and math.isfinite(r.gradient) for r in trace)
+
+
+def test_an_average_behind_a_layer_keeps_what_channels_differ_by():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.AdaptiveAvgPool2d(1))
+    one, two = pairs(model, torch.randn(256, 3, 18, 18))["_1"]
+    assert two.std == pytest.approx(one.std, rel=0.1)
+    assert not two.note
+    later = predict(
+        nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)), randn(2, 3, 18, 18)
+    )
+    assert later[-1].note == "average: values taken as independent, all channels as alike"
+
+
+def test_a_layer_that_returns_nothing_and_bytes_at_the_data_end():
+    model = nn.Sequential(
+        normprop.GlobalDataNorm.fit(torch.rand(9, 3, 8, 8)),
+        normprop.NormPropConv2d(3, 4, 3),
+        normprop.NormPropConv2d(4, 4, 3),
+    )
+    trace = predict(model, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
+    assert (trace["0"].std, trace["0"].note) == (pytest.approx(1.0), "")
+    nn.init.zeros_(model[1].gain)
+    assert math.isfinite(predict(model, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))[-1].std)

@@ -18,7 +18,7 @@ from torch import Tensor, distributed as dist, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from normprop.functional import RECOMMENDED, NormRule
+from normprop.functional import RECOMMENDED, NormRule, check_rule
 from normprop.graph import reading, trace as tracing
 from normprop.graph.reading import TraceError
 from normprop.graph.rewrite import Rewriter
@@ -176,7 +176,7 @@ def convert(
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
         TypeError: For what is not a module, a rule that is not a NormRule, or a filter_fn that is not a function.
-        ValueError: For a model that is wrapped for several devices.
+        ValueError: For a model that is wrapped for several devices, or an example that it does not take.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
@@ -187,8 +187,7 @@ def convert(
         )
     """
     check_model(model)
-    if not isinstance(rule, NormRule):
-        raise TypeError(f"rule must be a normprop.NormRule, got {rule!r}")
+    check_rule(rule)
     if not (filter_fn is None or callable(filter_fn)):
         raise TypeError(f"filter_fn must be a function of a module and its path, got {filter_fn!r}")
     kind = type(model).__name__
@@ -215,7 +214,10 @@ def convert(
             "preserve=True: constants 'none', rows not centred, plain sums and pools, whatever rule says"
         )
     if not (worker.norms_seen or report.skipped):
-        report.notes.append("no BatchNorm layer found: nothing to convert")
+        has_ours = any(reading.is_normprop(module) for module in model.modules())
+        report.notes.append(
+            "no BatchNorm layer found: nothing to convert" + "; it has NormProp layers already" * has_ours
+        )
     if lost := _lost_methods(model, report.model):
         report.notes.append(f"the result computes forward() alone; it has no {_listed(lost)}")
     if lost := _lost_names(model, report.model):
@@ -236,6 +238,20 @@ def convert(
         reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{_sites(len(report.skipped))} cannot be converted:\n{reasons}")
     return report
+
+
+def _check_example(model: nn.Module, example: Any) -> None:
+    """Raises ValueError for an input that the model does not take; one without data cannot be tried."""
+    inputs = tracing.as_inputs(example)
+    tensors = (*inputs, *model.parameters())
+    if any(x.is_meta for x in tensors) or len({x.device for x in tensors}) > 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            tracing.copied(model).eval()(*(x.clone() for x in inputs))
+    except Exception as error:
+        got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
+        raise ValueError(f"the model does not take example ({got}): {error}") from error
 
 
 def _check_constants(
@@ -419,6 +435,8 @@ class Converter:
         try:
             graphs = tracing.by_mode(part, example)
         except TraceError as error:
+            if not prefix and example is not None:
+                _check_example(self.source, example)
             given = inputs or calibration(part, example)
             if given is not None and example is None:  # noise; the code may make larger maps of it
                 given = tuple(x[:_REHEARSAL] for x in given)
@@ -428,6 +446,9 @@ class Converter:
                 return None if self.preserve or given is None else tracing.call_of(part, child, given)
 
             return self.convert_children(part, prefix, str(error), calls, again)
+        failed = any("error" in node.meta for graph in graphs.values() for node in graph.graph.nodes)
+        if failed and not prefix and example is not None:
+            _check_example(self.source, example)
         hidden = inputs is not None and bool(self.new)
         if self.preserve:
             inputs = None

@@ -144,6 +144,9 @@ class Walk:
         value = node.meta.get("value")
         sources = tensor_inputs(node)
         module = reading.module_of(self.graph_module, node)
+        if isinstance(module, DATA_NORMS):  # it may read bytes
+            self.signals[node], self.factors[node] = Signal.gaussian(), [(n, 1.0) for n in inputs]
+            return
         if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
             rows = module.weight if isinstance(module, nn.Embedding) else None
             if rows is None or rows.is_meta or rows.numel() < 2:
@@ -199,8 +202,6 @@ class Walk:
         return self._rule_of_ours(node, module, inputs) or self._rule_of_torch(node, module, inputs)
 
     def _rule_of_ours(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result | None:
-        if isinstance(module, DATA_NORMS):
-            return Signal.gaussian(), [1.0]
         if isinstance(module, NormalizedActivation):
             return self._normalized_activation(node, module, inputs[0])
         if isinstance(module, Standardize):
@@ -216,6 +217,9 @@ class Walk:
     def _rule_of_torch(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result:
         what, first = key(node), inputs[0]
         single = len(inputs) == len(tensor_inputs(node)) == 1
+        if dropped := _drop_share(node, module):
+            kept = self._signal(first).affine(1 / (1 - dropped))
+            return Signal.mixture([kept, Signal.constant(0.0)], [1 - dropped, dropped]), [1 / (1 - dropped)]
         if operation_name(self.graph_module, node) in LAYOUT:
             return self._signal(first), [_same] + [0.0] * (len(inputs) - 1)
         if reading.activation_of(node, module) is not None and len(inputs) == 1:
@@ -252,14 +256,17 @@ class Walk:
 
     def _standardize(self, node: fx.Node, module: Standardize, signal: Signal) -> Result:
         """Its constants are what is known of the map."""
-        ratio = module.std / max(signal.std, 1e-9)
-        if not (0.8 < ratio < 1.25 and abs(module.mean - signal.mean) < 0.2 * module.std):
-            self.notes[node] = (
-                f"its constants ({module.mean:.3g}, {module.std:.3g}) were measured; "
-                f"by formula {signal.mean:.3g}, {signal.std:.3g}"
-            )
+        self._compare(node, signal, module.mean, module.std)
         square = module.std**2
         return signal.standardized(), [lambda density: density / square]
+
+    def _compare(self, node: fx.Node, signal: Signal, mean: float, std: float) -> None:
+        """Note where what was measured of a map is not what formulas say of it."""
+        if not (0.8 < std / max(signal.std, 1e-9) < 1.25 and abs(mean - signal.mean) < 0.2 * std):
+            self.notes[node] = (
+                f"its constants ({mean:.3g}, {std:.3g}) were measured; "
+                f"by formula {signal.mean:.3g}, {signal.std:.3g}"
+            )
 
     def _rectified_sum(self, node: fx.Node, module: RectifiedSum, inputs: list[fx.Node]) -> Result:
         self._check_correlation(node, inputs)
@@ -280,10 +287,10 @@ class Walk:
         """What a module of ours says that it does."""
         if len(inputs) > 1:
             self._check_correlation(node, inputs)
-        if isinstance(module, (*_AVERAGES, *_MAXIMA)):
-            self.evens[node] = float(isinstance(module, _AVERAGES))
-        if isinstance(module, _MAXIMA):
-            self.notes[node] = f"max pool: neighbours' correlation taken as {module.correlation:.2g}"
+        for kinds, even, name in ((_AVERAGES, 1.0, "average"), (_MAXIMA, 0.0, "max pool")):
+            if isinstance(module, kinds):
+                self.evens[node] = even
+                self.notes[node] = f"{name}: neighbours' correlation taken as {module.correlation:.2g}"
         shapes = [shape(n) for n in inputs]
         try:
             signal, factors = module.propagate(
@@ -440,9 +447,8 @@ class Walk:
             inside, kept = float(taps.inside.mean()), float(energy.mean())
         mean = signal.mean * inside * total + (0.0 if bias is None else bias)
         # Where the padding's zeros stand, the mean is missing too.
-        std = length * math.sqrt(
-            kept * signal.var + inside * (1 - inside) * signal.mean**2 * (not transposed)
-        )
+        missing = max(inside * (1 - inside), 0.0) * signal.mean**2 * (not transposed)
+        std = length * math.sqrt(kept * signal.var + missing)
         self.within[node] = float(std.square().mean())
         fan_in = rows.numel() // max(1, len(length))
         z, small = Signal.gaussian(), 0 < fan_in <= SMALL_FAN_IN
@@ -548,17 +554,27 @@ class Walk:
         if kind == "max":
             self.notes[node] = "max pool: neighbours taken as independent"
             return signal.maximum(count), [1.0]
-        if count <= 16:
-            total = signal
-            for _ in range(count - 1):
-                total = total.plus(signal)
-            pooled = total.affine(1 / count)
-        else:
-            pooled = Signal.gaussian(signal.mean, signal.std / math.sqrt(count))
+        pooled = self._average(node, source, count)
         if name == "sum":
             return pooled.affine(count), [float(count)]
         grown = math.prod(after) / math.prod(before) if before and after else 1 / count
         return pooled, [grown if adaptive else 1 / count]
+
+    def _average(self, node: fx.Node, source: fx.Node, count: int) -> Signal:
+        """Of independent values: what channels differ by does not average out."""
+        signal, within = self._signal(source), self.within.get(source)
+        if within is not None:
+            between = max(signal.var - within, 0.0)
+            return Signal.gaussian(signal.mean, math.sqrt(within / count + between))
+        self.notes[node] = "average: values taken as independent, all channels as alike"
+        if count > 16:
+            pooled = Signal.gaussian(signal.mean, signal.std / math.sqrt(count))
+            low, high = float(signal.values[0]), float(signal.values[-1])
+            return pooled.apply(lambda values: values.clamp(low, high))[0]
+        total = signal
+        for _ in range(count - 1):
+            total = total.plus(signal)
+        return total.affine(1 / count)
 
     def _norm(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         signal, within = self._signal(source), self.within.get(source)
@@ -566,23 +582,35 @@ class Walk:
         one = torch.ones(1, dtype=torch.float64)
         scale = one if weight is None else weight.detach().double().cpu().flatten()
         shift = one * 0 if bias is None else bias.detach().double().cpu().flatten()
-        running = getattr(module, "running_var", None)
-        if reading.is_batch_norm(module) and running is not None and not module.training:
-            scale = scale / (running.double().cpu() + module.eps).sqrt()
-            shift = shift - module.running_mean.double().cpu() * scale
-            ready, unit = signal, 1.0
+        size: Tensor | None = None  # by what a gradient is multiplied, if not by the scale
+        unit = 1.0
+        # Behind a weight layer each channel is Gaussian, however its channels differ.
+        ready = Signal.gaussian() if within is not None else signal.standardized()
+        if reading.is_batch_norm(module) and module.running_var is not None and not module.training:
+            means, variances = (
+                t.detach().double().cpu() for t in (module.running_mean, module.running_var)
+            )
+            size = scale / (variances + module.eps).sqrt()
+            if bool((means == 0).all() & (variances == 1).all()):  # it has seen no data
+                ready, scale = signal, size
+            else:  # what it has seen is what is known of the map
+                scale = size * variances.sqrt()
+                std = math.sqrt(float(variances.mean() + means.var(correction=0)))
+                self._compare(node, signal, float(means.mean()), std)
         else:
-            ready, size = _normalized(signal, isinstance(module, nn.RMSNorm))
-            unit = size**2
-            if within is not None and not isinstance(module, nn.RMSNorm):
-                # Behind a weight layer each channel is Gaussian, however its channels differ.
-                ready, unit = Signal.gaussian(), max(within, 1e-12)
+            unit = max(signal.var if within is None else within, 1e-12)
+            if isinstance(module, nn.RMSNorm):
+                ready, length = _normalized(signal, True)
+                unit = length**2
+            scale = scale * math.sqrt(unit / (unit + (module.eps or 0.0)))
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
         exact = None if act is None else copy.deepcopy(act).double().cpu()
         finish = exact if exact is not None else _same
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
-        result, passing, slope = through_channels(ready.values, ready.weights, scale, shift, finish)
-        self.evens[node] = _even_share((scale * slope).square(), result, passing)
+        result, passing, slope = through_channels(ready.values, ready.weights, scale, shift, finish, size)
+        self.evens[node] = _even_share(
+            ((scale if size is None else size) * slope).square(), result, passing
+        )
         return result, [lambda density: passing(density) / unit]
 
     def _functional_norm(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
@@ -711,6 +739,17 @@ def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, densi
     rest = Signal.of(rest.values, rest.weights, 64)
     sums = part.values[:, None] * factor + rest.values
     return factor**2 * (_interpolate(sums, total.values, density) * rest.weights).sum(1)
+
+
+def _drop_share(node: fx.Node, module: nn.Module | None) -> float:
+    """What share of the values a dropout sets to 0 and makes up for by scaling the others; 0 for other nodes."""
+    if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
+        share = module.p if module.training else 0.0
+    elif module is None and key(node) in ("dropout", "dropout1d", "dropout2d", "dropout3d"):
+        share = argument(node, 1, "p", 0.5) if argument(node, 2, "training", True) is True else 0.0
+    else:
+        return 0.0
+    return share if isinstance(share, float) and share < 1 else 0.0
 
 
 def _normalized(signal: Signal, raw: bool) -> tuple[Signal, float]:

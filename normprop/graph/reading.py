@@ -184,7 +184,7 @@ def weight_source(graph_module: nn.Module, node: fx.Node) -> tuple[str, nn.Modul
 
 def _calls_as_built(node: fx.Node, path: str, layer: Any) -> bool:
     """Whether a function call does what its weight's layer would do, but for the padding."""
-    if getattr(layer, "transposed", False):
+    if getattr(layer, "transposed", False) or getattr(layer, "padding_mode", "zeros") != "zeros":
         return False
     names = ("bias", "stride", "padding", "dilation", "groups")
     given = dict(zip(names, node.args[2:], strict=False)) | dict(node.kwargs)

@@ -30,10 +30,12 @@ NORMS = tuple(COLORS)
 
 
 def check_norms(norms: Sequence[str]) -> None:
-    """Raise :class:`InputError` at the first name that is not in :data:`NORMS`."""
+    """Raise :class:`InputError` at the first name that is not in :data:`NORMS`, or comes again."""
     for norm in norms:
         if norm not in NORMS:
             raise InputError(f"--norms {norm}: expected some of {', '.join(NORMS)}")
+    if len(set(norms)) < len(norms):
+        raise InputError(f"--norms {','.join(norms)}: one is named twice")
 
 
 class Blocks:
