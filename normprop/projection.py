@@ -52,14 +52,14 @@ def attach_projection(
 ) -> RemovableHandle | Handles:
     r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
 
-    With ``trust_radius`` no step moves a NormProp unit's pre-activation further than that, whatever the
-    learning rate and the optimizer; layers of other kinds are not bounded. The unit's update is scaled down where
+    With ``trust_radius`` no step changes a NormProp unit by more than that, whatever the learning rate
+    and the optimizer; layers of other kinds are not bounded. The unit's update is scaled down where
 
     .. math:: \Delta^2 = (|g| + |\delta g|)^2\, \lVert \delta W_i \rVert^2 + \delta g^2 + \delta b^2
 
     (changes of unit row W, gain g and bias b) is larger than the radius squared. For inputs of mean
-    0 and covariance I, Δ bounds the root mean square of the change; for others it is an estimate
-    (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
+    0 and covariance I, Δ bounds the root mean square of the pre-activation's change; inputs that are
+    correlated can move it several times as far (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
     one so far.
 
     With ``orthogonal`` the step of each NormProp weight, tangent to its rows, is first replaced by
@@ -74,8 +74,9 @@ def attach_projection(
         optimizer: Any torch optimizer.
         model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
-            of about 100, 0.02 if orthogonal (experiments/LOG.md). None for no limit. It costs a copy of the
-            weights (of the whole ones, if FSDP shards them).
+            of about 100, 0.02 if orthogonal (experiments/LOG.md), and ``sqrt(batch / 100)`` times that
+            smaller ones. None for no limit. It costs a copy of the weights (of the whole ones, if FSDP
+            shards them).
         orthogonal: Make the weights' steps orthogonal; needs a trust radius, float32 weights, and an optimizer
             with momentum (``torch.optim.SGD(..., momentum=0.9, nesterov=True)``).
 
