@@ -59,8 +59,8 @@ def attach_projection(
 
     (changes of unit row W, gain g and bias b) is larger than the radius squared. For inputs of mean
     0 and covariance I, Δ bounds the root mean square of the pre-activation's change; inputs that are
-    correlated can move it several times as far (docs/method.md, section 7). The radius falls with the learning rate, in proportion to the largest
-    one so far.
+    correlated can move it several times as far (docs/method.md, section 7). The radius falls with the
+    learning rate, in proportion to the largest one so far.
 
     With ``orthogonal`` the step of each NormProp weight, tangent to its rows, is first replaced by
     :func:`orthogonal` of it, rows of the radius' length: directions of a layer's inputs are learned at

@@ -102,7 +102,12 @@ class Signal:
     def apply(self, function: Callable[[Tensor], Tensor]) -> tuple[Signal, float]:
         """The signal behind an element-wise function, and E[f'^2]."""
         y, slope = with_slope(function, self.values)
-        return Signal.of(y, self.weights), float((self.weights * slope.square()).sum())
+        return self.image(y), float((self.weights * slope.square()).sum())
+
+    def image(self, y: Tensor) -> Signal:
+        """What becomes of it where its values become ``y``, in the range of these: the next function may need it."""
+        result = Signal.of(y, self.weights)
+        return Signal(result.values.clamp(y.min(), y.max()), result.weights)
 
     def affine(self, scale: float, shift: float = 0.0) -> Signal:
         """``scale * x + shift``."""

@@ -128,7 +128,11 @@ class Walk:
         # What it adds where the taps of a sum of few terms overlap, over the input's values.
         self.overlaps: dict[fx.Node, Tensor] = {}
         self.notes: dict[fx.Node, str] = {}
-        self.within: dict[fx.Node, float] = {}  # mean variance of a weight layer's channels
+        # Mean and std of each channel, where it is Gaussian: behind weight layers and BatchNorm.
+        self.channels: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        # Mean of each channel, and the mean of their variances, there and behind functions of them.
+        self.levels: dict[fx.Node, Tensor] = {}
+        self.within: dict[fx.Node, float] = {}
         # Element-wise ancestry: (node, f) with this node's values = f(that node's values).
         self.origin: dict[fx.Node, tuple[fx.Node, Callable[[Tensor], Tensor]]] = {}
         # Where this node's randomness comes from: the nodes behind which no weight layer lies.
@@ -256,17 +260,19 @@ class Walk:
 
     def _standardize(self, node: fx.Node, module: Standardize, signal: Signal) -> Result:
         """Its constants are what is known of the map."""
-        self._compare(node, signal, module.mean, module.std)
+        self._agrees(node, signal, module.mean, module.std)
         square = module.std**2
         return signal.standardized(), [lambda density: density / square]
 
-    def _compare(self, node: fx.Node, signal: Signal, mean: float, std: float) -> None:
-        """Note where what was measured of a map is not what formulas say of it."""
-        if not (0.8 < std / max(signal.std, 1e-9) < 1.25 and abs(mean - signal.mean) < 0.2 * std):
+    def _agrees(self, node: fx.Node, signal: Signal, mean: float, std: float) -> bool:
+        """Whether what was measured of a map may be what formulas are about; notes where it is not quite."""
+        ratio, shift = std / max(signal.std, 1e-9), abs(mean - signal.mean) / std
+        if not (0.8 < ratio < 1.25 and shift < 0.2):
             self.notes[node] = (
                 f"its constants ({mean:.3g}, {std:.3g}) were measured; "
                 f"by formula {signal.mean:.3g}, {signal.std:.3g}"
             )
+        return 0.5 < ratio < 2.0 and shift < 1.0
 
     def _rectified_sum(self, node: fx.Node, module: RectifiedSum, inputs: list[fx.Node]) -> Result:
         self._check_correlation(node, inputs)
@@ -338,6 +344,9 @@ class Walk:
             raise ValueError("not element-wise")
         origin, function = self.origin.get(source, (source, _same))
         self.origin[node] = (origin, lambda values: step(function(values)))
+        if origin in self.channels:
+            whole = self.origin[node][1]
+            self._set_channels(node, *self.channels[origin], lambda u: whole(u.flatten()).view_as(u))
         self._uneven(node, source, self._signal(source), lambda u: step(u.flatten()).view_as(u))
         return self._through(node, self._signal(source), step)
 
@@ -345,7 +354,7 @@ class Walk:
         """An element-wise function, and how the gradient passes it, element by element."""
         y, slope = with_slope(function, signal.values)
         self.evens[node] = _ratio((signal.weights @ slope).square(), signal.weights @ slope.square())
-        result = Signal.of(y, signal.weights)
+        result = signal.image(y)
         return result, [lambda density: slope.square() * _interpolate(y, result.values, density)]
 
     def _sum(self, parts: list[Signal], factors: Sequence[float]) -> Result:
@@ -449,7 +458,7 @@ class Walk:
         # Where the padding's zeros stand, the mean is missing too.
         missing = max(inside * (1 - inside), 0.0) * signal.mean**2 * (not transposed)
         std = length * math.sqrt(kept * signal.var + missing)
-        self.within[node] = float(std.square().mean())
+        self._set_channels(node, mean, std, finish)
         fan_in = rows.numel() // max(1, len(length))
         z, small = Signal.gaussian(), 0 < fan_in <= SMALL_FAN_IN
         # Many taps of one channel tell no less of it than few do; their pairs must fit into memory.
@@ -560,24 +569,40 @@ class Walk:
         grown = math.prod(after) / math.prod(before) if before and after else 1 / count
         return pooled, [grown if adaptive else 1 / count]
 
+    def _set_channels(
+        self, node: fx.Node, mean: Tensor, std: Tensor, function: Callable[[Tensor], Tensor]
+    ) -> None:
+        """A node's channels are a function, of shape (n, channels), of Gaussians."""
+        mean, std = torch.broadcast_tensors(mean, std)
+        z, weights = gaussian_nodes(96)
+        with torch.no_grad():
+            y = function(z[:, None] * std + mean)
+        self.levels[node] = weights @ y
+        self.within[node] = float((weights @ (y - self.levels[node]).square()).mean())
+        if function is _same:
+            self.channels[node] = mean, std
+
     def _average(self, node: fx.Node, source: fx.Node, count: int) -> Signal:
         """Of independent values: what channels differ by does not average out."""
-        signal, within = self._signal(source), self.within.get(source)
-        if within is not None:
-            between = max(signal.var - within, 0.0)
-            return Signal.gaussian(signal.mean, math.sqrt(within / count + between))
-        self.notes[node] = "average: values taken as independent, all channels as alike"
-        if count > 16:
-            pooled = Signal.gaussian(signal.mean, signal.std / math.sqrt(count))
-            low, high = float(signal.values[0]), float(signal.values[-1])
-            return pooled.apply(lambda values: values.clamp(low, high))[0]
-        total = signal
-        for _ in range(count - 1):
-            total = total.plus(signal)
-        return total.affine(1 / count)
+        signal = self._signal(source)
+        z, weights = gaussian_nodes(96)
+        if source in self.levels:
+            values = self.levels[source] + math.sqrt(self.within[source] / count) * z[:, None]
+            weights = weights[:, None].expand_as(values)
+        else:
+            self.notes[node] = "average: values taken as independent, all channels as alike"
+            if count <= 16:
+                total = signal
+                for _ in range(count - 1):
+                    total = total.plus(signal)
+                return total.affine(1 / count)
+            values = signal.mean + signal.std / math.sqrt(count) * z
+        inside = (values >= signal.values[0]) & (values <= signal.values[-1])  # as averages are
+        return Signal.of(values[inside], weights[inside]) if bool(inside.any()) else signal
 
     def _norm(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
-        signal, within = self._signal(source), self.within.get(source)
+        signal = self._signal(source)
+        within = self.within[source] if source in self.channels else None
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         one = torch.ones(1, dtype=torch.float64)
         scale = one if weight is None else weight.detach().double().cpu().flatten()
@@ -591,12 +616,12 @@ class Walk:
                 t.detach().double().cpu() for t in (module.running_mean, module.running_var)
             )
             size = scale / (variances + module.eps).sqrt()
-            if bool((means == 0).all() & (variances == 1).all()):  # it has seen no data
-                ready, scale = signal, size
-            else:  # what it has seen is what is known of the map
+            std = math.sqrt(float(variances.mean() + means.var(correction=0)))
+            seen = not bool((means == 0).all() & (variances == 1).all())
+            if seen and self._agrees(node, signal, float(means.mean()), std):
                 scale = size * variances.sqrt()
-                std = math.sqrt(float(variances.mean() + means.var(correction=0)))
-                self._compare(node, signal, float(means.mean()), std)
+            else:
+                ready, scale, shift = signal, size, shift - means * size
         else:
             unit = max(signal.var if within is None else within, 1e-12)
             if isinstance(module, nn.RMSNorm):
@@ -606,6 +631,8 @@ class Walk:
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
         exact = None if act is None else copy.deepcopy(act).double().cpu()
         finish = exact if exact is not None else _same
+        if reading.is_batch_norm(module) and ready is not signal:
+            self._set_channels(node, shift, scale, finish)
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
         result, passing, slope = through_channels(ready.values, ready.weights, scale, shift, finish, size)
         self.evens[node] = _even_share(
