@@ -611,7 +611,7 @@ def test_without_batch_norm_nothing_happens():
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         convert("resnet18")
-    with pytest.raises(TypeError, match=r"rule must be a normprop\.NormRule, got 'paper'"):
+    with pytest.raises(TypeError, match=r"rule must be a normprop\.NormRule, such as .*, got 'paper'"):
         convert(network(), rule="paper")
     with pytest.raises(
         TypeError, match=r"filter_fn must be a function of a module and its path, got \['conv'\]"

@@ -661,12 +661,12 @@ CONSTRUCTORS = [
     (
         lambda: normprop.NormPropLinear(3, 3, rule="paper"),
         TypeError,
-        "rule must be a normprop.NormRule, got 'paper'",
+        "rule must be a normprop.NormRule, such as .*, got 'paper'",
     ),
     (
         lambda: normprop.NormalizedActivation("relu", rule=None),
         TypeError,
-        "rule must be a normprop.NormRule, got None",
+        "rule must be a normprop.NormRule, such as .*, got None",
     ),
     (
         lambda: normprop.NormalizedActivation("relu", 0),

@@ -114,8 +114,9 @@ def in_whole(part: tracing.Part, record: Record, call: int = 0) -> Record:
 class Walk:
     """Signals and gradient factors of the nodes of one graph."""
 
-    def __init__(self, graph_module: fx.GraphModule) -> None:
+    def __init__(self, graph_module: fx.GraphModule, drops: bool = True) -> None:
         self.graph_module = graph_module
+        self.drops = drops  # whether dropout in training mode does
         self.given: dict[fx.Node, Signal] = {}  # what the graph's inputs are, if not N(0, 1)
         self.signals: dict[fx.Node, Signal | None] = {}
         self.factors: dict[fx.Node, list[tuple[fx.Node, Factor]]] = {}
@@ -221,7 +222,7 @@ class Walk:
     def _rule_of_torch(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result:
         what, first = key(node), inputs[0]
         single = len(inputs) == len(tensor_inputs(node)) == 1
-        if dropped := _drop_share(node, module):
+        if self.drops and (dropped := _drop_share(node, module)):
             kept = self._signal(first).affine(1 / (1 - dropped))
             return Signal.mixture([kept, Signal.constant(0.0)], [1 - dropped, dropped]), [1 / (1 - dropped)]
         if operation_name(self.graph_module, node) in LAYOUT:

@@ -50,7 +50,7 @@ class Flow:
 
     def __init__(self, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...] | None) -> None:
         self.graph_module = graph_module
-        self.walk = Walk(graph_module)
+        self.walk = Walk(graph_module, drops=False)
         self.inputs = inputs
         self.values: dict[fx.Node, Any] = {}
         self.measured: dict[fx.Node, tuple[float, float]] = {}
