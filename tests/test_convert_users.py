@@ -1053,3 +1053,18 @@ def test_a_weight_read_by_a_function_without_its_padding_mode():
     model, x = Zeros().eval(), torch.randn(2, 3, 8, 8)
     converted = normprop.convert(model, preserve=True, example=x).model
     torch.testing.assert_close(converted(x), model(x))
+
+
+def test_a_model_that_wants_more_than_tensors_is_converted_all_the_same():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+        def forward(self, x, sizes):
+            return self.body(x) * len(sizes["names"])
+
+    conversion = normprop.convert(Scaled(), example=torch.randn(2, 3, 8, 8))
+    assert len(conversion.replaced) == 1
+    y = conversion.model(torch.randn(2, 3, 8, 8), {"names": "ab"})
+    assert y.shape == (2, 8, 6, 6)

@@ -249,6 +249,8 @@ def _check_example(model: nn.Module, example: Any) -> None:
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             tracing.copied(model).eval()(*(x.clone() for x in inputs))
+    except TypeError:  # it wants what no tensor is
+        return
     except Exception as error:
         got = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in inputs)
         raise ValueError(f"the model does not take example ({got}): {error}") from error

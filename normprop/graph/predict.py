@@ -151,6 +151,7 @@ class Walk:
         module = reading.module_of(self.graph_module, node)
         if isinstance(module, DATA_NORMS):  # it may read bytes
             self.signals[node], self.factors[node] = Signal.gaussian(), [(n, 1.0) for n in inputs]
+            self.roots[node] = self.roots[node] or frozenset([node])
             return
         if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
             rows = module.weight if isinstance(module, nn.Embedding) else None
