@@ -923,6 +923,12 @@ def test_batch_norm_in_eval_mode_is_what_it_has_seen():
         assert "were measured" in predicted.note or predicted.op == "ReLU" or not predicted.note
 
 
+def test_batch_norm_that_has_seen_a_constant():
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64)).eval()
+    nn.init.zeros_(model[1].running_var)
+    assert math.isfinite(predict(model, torch.randn(2, 64))["1"].std)
+
+
 def test_a_norm_of_a_map_as_small_as_its_eps():
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64))
     with torch.no_grad():

@@ -268,7 +268,7 @@ class Walk:
 
     def _agrees(self, node: fx.Node, signal: Signal, mean: float, std: float) -> bool:
         """Whether what was measured of a map may be what formulas are about; notes where it is not quite."""
-        ratio, shift = std / max(signal.std, 1e-9), abs(mean - signal.mean) / std
+        ratio, shift = std / max(signal.std, 1e-9), abs(mean - signal.mean) / max(std, 1e-9)
         if not (0.8 < ratio < 1.25 and shift < 0.2):
             self.notes[node] = (
                 f"its constants ({mean:.3g}, {std:.3g}) were measured; "
