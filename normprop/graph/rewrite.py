@@ -919,9 +919,7 @@ def _out_of_place(activation: nn.Module) -> nn.Module:
     activation = copy.deepcopy(activation)
     for hooks in (activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks):
         hooks.clear()  # they are listed as lost
-    if getattr(activation, "inplace", False):
-        activation.inplace = False  # type: ignore[assignment]
-    return activation
+    return activations.out_of_place(activation)
 
 
 def _affine_of(norm: Any) -> tuple[Tensor, Tensor]:
