@@ -62,6 +62,17 @@ def _commit() -> str | None:
 
 
 @contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write that becomes ``path`` at the end; a reader, or a kill in the middle, finds the old one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_figure(path: Path, columns: int, lines: int = 1, width: float = 4.5, height: float = 3.6) -> Any:
     """A figure and its axes in a grid, always two-dimensional; saved whole or not at all."""
     import matplotlib
@@ -76,9 +87,8 @@ def new_figure(path: Path, columns: int, lines: int = 1, width: float = 4.5, hei
         for axis in axes.flat:
             axis.grid(alpha=0.3)
             axis.spines[["top", "right"]].set_visible(False)
-        temporary = path.with_name("." + path.name)
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
+        with whole(path) as temporary:
+            figure.savefig(temporary, dpi=150, format=path.suffix[1:])
     finally:
         plt.close(figure)
 
@@ -108,13 +118,9 @@ class InUse(InputError):
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value``; a reader, or a kill in the middle, finds the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write ``value``, :func:`whole`."""
+    with whole(path) as temporary:
         temporary.write_text(_innermost_on_one_line(json.dumps(value, indent=1, allow_nan=False)) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _lock(out: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 import warnings
 from collections import OrderedDict
@@ -30,7 +29,7 @@ from normprop.recipes import InputError, check_choice, check_count, check_seed
 from normprop.recipes.data import Batches, ImageData, subset
 from normprop.recipes.hidden import observe_hidden
 from normprop.recipes.models import build
-from normprop.recipes.results import environment, output_folder, write_json
+from normprop.recipes.results import environment, output_folder, whole, write_json
 
 RULES = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
 DATA_NORMS = ("channel", "whitening", "global", "batch", "none")
@@ -376,12 +375,8 @@ class _AtomicCheckpoints(TorchCheckpointIO):
     """A checkpoint has its name only once it is whole, whatever kills the process."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        temporary = f"{path}.tmp"
-        try:
+        with whole(Path(path)) as temporary:
             super().save_checkpoint(checkpoint, temporary, storage_options)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
 
 class _AfterEpoch(Callback):
@@ -600,8 +595,7 @@ def train(
             run, data, after_epoch, out, checkpoint, progress_bar, devices, nodes, accelerator, observe
         )
         if is_first_process():
-            temporary = out / "model.pt.tmp"
-            torch.save(outcome.network.state_dict(), temporary)
-            os.replace(temporary, out / "model.pt")
+            with whole(out / "model.pt") as temporary:
+                torch.save(outcome.network.state_dict(), temporary)
             save(outcome.history, outcome.status, outcome.reason, outcome.hidden)
     return outcome
