@@ -283,6 +283,12 @@ class WhiteningDataNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.norm(input)
+        least = [size // 2 + 1 for size in self.weight.shape[2:]]
+        if any(size < wanted for size, wanted in zip(x.shape[2:], least, strict=True)):
+            raise ValueError(
+                f"expected at least {' x '.join(map(str, least))} positions, half the filters' kernel_size, got "
+                f"{tuple(input.shape)}; fit with a smaller kernel_size"
+            )
         padded = F.pad(x, self.margins, mode="reflect") if self.margins else x
         return self.operation(padded, self.weight.to(x.dtype))
 

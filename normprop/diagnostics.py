@@ -286,7 +286,7 @@ def sample_moments(values: Tensor) -> dict[str, Any]:
 
 def dead_share(values: Tensor, dim: int) -> float | None:
     """Share of the channels, on dim ``dim``, whose value never changes; None if each has only one."""
-    channels = values.movedim(dim, 0).flatten(1)
+    channels = values.movedim(dim, 0).reshape(values.shape[dim], -1)
     if channels.shape[1] < 2:
         return None
     low, high = channels.aminmax(dim=1)

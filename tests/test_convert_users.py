@@ -1068,3 +1068,18 @@ def test_a_model_that_wants_more_than_tensors_is_converted_all_the_same():
     assert len(conversion.replaced) == 1
     y = conversion.model(torch.randn(2, 3, 8, 8), {"names": "ab"})
     assert y.shape == (2, 8, 6, 6)
+
+
+def test_code_that_looks_at_sizes_is_told():
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = self.norm(self.conv(x))
+            return x.relu() if x.shape[2] > 4 else x
+
+    said = "'model' decides by its input's size: the result is for sizes like "
+    assert said + "the example's" in normprop.convert(Sized(), example=torch.randn(2, 3, 8, 8)).notes
+    assert said + "one that was guessed; pass example=" in normprop.convert(Sized()).notes

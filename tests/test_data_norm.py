@@ -387,6 +387,15 @@ def test_batch_norm_of_data_in_double_precision():
     torch.testing.assert_close(y, (x - x.mean(0)) / x.std(0, correction=0), rtol=1e-5, atol=1e-5)
 
 
+def test_maps_smaller_than_the_whitening_filters_are_refused():
+    norm = WhiteningDataNorm.fit(torch.randn(64, 3, 8, 8), kernel_size=7)
+    assert norm(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match=r"at least 4 x 4 positions.*got \(2, 3, 8, 3\); fit with a smaller"
+    ):
+        norm(torch.randn(2, 3, 8, 3))
+
+
 def test_only_data_norms_merge():
     with pytest.raises(TypeError, match="other must be a GlobalDataNorm, as fit makes it, got Tensor"):
         GlobalDataNorm.fit(IMAGES).merge(IMAGES)

@@ -234,6 +234,12 @@ def test_what_would_take_too_long_is_none(monkeypatch):
     assert all(details[name] is None for name in DETAILS)
 
 
+def test_one_vector_is_measured_as_a_batch_of_one_is():
+    layer, x = nn.Sequential(normprop.NormPropLinear(16, 4)), torch.randn(16)
+    one, batch = normprop.measure(layer, x)[1], normprop.measure(layer, x[None])[1]
+    assert (one.mean, one.std, one.details["dead"]) == (batch.mean, batch.std, None)
+
+
 def test_overflow_and_single_units_are_measured():
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     with torch.no_grad():

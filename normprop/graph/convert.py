@@ -9,7 +9,7 @@ section 12).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -218,26 +218,51 @@ def convert(
         report.notes.append(
             "no BatchNorm layer found: nothing to convert" + "; it has NormProp layers already" * has_ours
         )
-    if lost := _lost_methods(model, report.model):
-        report.notes.append(f"the result computes forward() alone; it has no {_listed(lost)}")
-    if lost := _lost_names(model, report.model):
-        report.notes.append(f"second names of modules are lost: {_listed(lost)}")
-    if read := _read_elsewhere(report.model):
-        report.notes.append(
-            f"forward() itself reads {', '.join(read)}: projection and trust region, which rescale a layer's rows, "
-            "change what is computed there"
-        )
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    if several and any(getattr(module, "constants", ()) for module in report.model.modules()):
-        report.notes.append(
-            "constants were measured on this rank's weights, for which DDP puts rank 0's: seed all ranks alike "
-            "before the model is built, or load rank 0's state dict"
-        )
+    report.notes += _remarks(model, report.model)
     report._handover.update(worker.handover())
     if strict and report.skipped:
         reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{_sites(len(report.skipped))} cannot be converted:\n{reasons}")
     return report
+
+
+def _remarks(source: nn.Module, result: nn.Module) -> Iterator[str]:
+    """What a user of the result should know that its code does not show."""
+    if lost := _lost_methods(source, result):
+        yield f"the result computes forward() alone; it has no {_listed(lost)}"
+    if lost := _lost_names(source, result):
+        yield f"second names of modules are lost: {_listed(lost)}"
+    if read := _read_elsewhere(result):
+        yield (
+            f"forward() itself reads {', '.join(read)}: projection and trust region, which rescale a layer's rows, "
+            "change what is computed there"
+        )
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and any(getattr(module, "constants", ()) for module in result.modules()):
+        yield (
+            "constants were measured on this rank's weights, for which DDP puts rank 0's: seed all ranks alike "
+            "before the model is built, or load rank 0's state dict"
+        )
+
+
+def _remarks_on_code(graphs: list[fx.GraphModule], prefix: str, guessed: bool) -> Iterator[str]:
+    """What of a part's code is not in its graphs (one a mode), traced with a guessed input or a given one."""
+
+    def of_all(name: str) -> list[str]:
+        return sorted({text for graph in graphs for text in graph.meta[name]})
+
+    part = prefix or "model"
+    fixed = graphs[0].meta["fixed"]
+    if fixed and not prefix:
+        yield f"forward() has no {', '.join(fixed)} (taken at the default); a tensor stays if example= has it"
+    if left := of_all("left"):
+        yield f"forward() sets self.{', self.'.join(left)}, which the result does not"
+    if dropped := of_all("dropped"):
+        yield f"'{part}' loses {' and '.join(dropped)}"
+    if decided := of_all("decisions"):
+        more = f" (and {len(decided) - 1} more)" if len(decided) > 1 else ""
+        sizes = "one that was guessed; pass example=" if guessed else "the example's"
+        yield f"'{decided[0] or part}' decides by its input's size{more}: the result is for sizes like {sizes}"
 
 
 def _check_example(model: nn.Module, example: Any) -> None:
@@ -457,24 +482,7 @@ class Converter:
         elif not hidden:
             inputs = calibration(part, example)
         part.eval()
-        fixed = next(iter(graphs.values())).meta["fixed"]
-        if fixed and not prefix:
-            self.report.notes.append(
-                f"forward() has no {', '.join(fixed)} (taken at the default); a tensor stays if example= has it"
-            )
-        if left := sorted({name for graph in graphs.values() for name in graph.meta["left"]}):
-            self.report.notes.append(
-                f"forward() sets self.{', self.'.join(left)}, which the result does not"
-            )
-        if dropped := sorted({name for graph in graphs.values() for name in graph.meta["dropped"]}):
-            self.report.notes.append(f"'{prefix or 'model'}' loses {' and '.join(dropped)}")
-        decided = sorted({path for graph in graphs.values() for path in graph.meta["decisions"]})
-        if decided:
-            self.report.notes.append(
-                f"'{decided[0] or prefix or 'model'}' decides by its input's size"
-                + (f" (and {len(decided) - 1} more)" if len(decided) > 1 else "")
-                + ": the result is for sizes like the example's"
-            )
+        self.report.notes += _remarks_on_code(list(graphs.values()), prefix, example is None)
         alone = len(graphs) == 1 and not prefix  # a part's modules may be called by what is around it
         rehearsed: list[dict[str, bool] | None] = [None] * len(graphs)
         if inputs is not None:
