@@ -21,6 +21,8 @@ from torch import Tensor, fx, nn
 
 from normprop import gaussian
 
+ActivationLike = str | nn.Module | Callable[[Tensor], Tensor]  # what as_module takes
+
 
 class Moments(NamedTuple):
     """What an activation does to a Gaussian (PAPER eq. 12 and docs/method.md, section 2).
@@ -317,7 +319,7 @@ def _check_elementwise(phi: Callable[[Tensor], Tensor], name: str) -> None:
             )
 
 
-def as_module(phi: Any) -> nn.Module:
+def as_module(phi: ActivationLike) -> nn.Module:
     """The module that computes ``phi``: a name, an nn.Module, a torch function or any callable.
 
     Raises:
@@ -328,9 +330,9 @@ def as_module(phi: Any) -> nn.Module:
         if phi not in _BY_NAME:
             raise ValueError(f"unknown activation '{phi}'; names: {', '.join(names())}")
         return _BY_NAME[phi].build()
-    if isinstance(phi, type) and issubclass(phi, nn.Module):
+    if isinstance(phi, type):
         raise TypeError(f"activation must be an instance: write {phi.__name__}() for {phi.__name__}")
-    if isinstance(phi, Elementwise) or type(phi) in BY_MODULE:
+    if isinstance(phi, nn.Module) and (isinstance(phi, Elementwise) or type(phi) in BY_MODULE):
         return phi
     try:
         row = _BY_FUNCTION.get(phi)
@@ -447,7 +449,7 @@ def _evaluate(
 
 
 def moments(
-    phi: str | nn.Module | Callable[[Tensor], Tensor],
+    phi: ActivationLike,
     mean: float | Tensor = 0.0,
     std: float | Tensor = 1.0,
 ) -> Moments:

@@ -38,6 +38,7 @@ from normprop.rows import (
 )
 
 Number = float | Tensor
+Size = int | tuple[int, ...]  # of a kernel, a stride ...: one number, or one a spatial dim
 
 
 @dataclass(frozen=True)

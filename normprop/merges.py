@@ -17,8 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.types import Device
 
 from normprop import activations
+from normprop.activations import ActivationLike
 from normprop.functional import affine, along, rectify
 from normprop.signal import Signal
 
@@ -136,7 +138,7 @@ class NormalizedAdd(nn.Module):
         learnable: bool = False,
         stds: Sequence[float] | None = None,
         drop_prob: float = 0.0,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class NormalizedAdd(nn.Module):
         learnable: bool = False,
         stds: Sequence[float] | None = None,
         drop_prob: float = 0.0,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> NormalizedAdd:
         """For (trunk, branch) in a stack of ``blocks`` residual blocks: a^2 = 1/blocks.
@@ -362,7 +364,7 @@ class NormalizedDropout(nn.Dropout):
 
 
 def normalized_gate(
-    x: Tensor, z: Tensor, phi: Any = "sigmoid", rms: float | Tensor | None = None
+    x: Tensor, z: Tensor, phi: ActivationLike = "sigmoid", rms: float | Tensor | None = None
 ) -> Tensor:
     r"""A product with a gate of mean square 1: x of mean 0 and variance 1 keeps both.
 
@@ -417,7 +419,7 @@ class NormalizedGate(nn.Module):
         tensor([0.9231])
     """
 
-    def __init__(self, phi: Any = "sigmoid", *, std: float = 1.0) -> None:
+    def __init__(self, phi: ActivationLike = "sigmoid", *, std: float = 1.0) -> None:
         super().__init__()
         self.phi = activations.out_of_place(activations.as_module(phi))
         self.std = float(std)

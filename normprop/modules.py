@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.types import Device
 from torch.utils.hooks import RemovableHandle
 
 from normprop import activations, functional
-from normprop.functional import PAPER, NormRule
+from normprop.activations import ActivationLike
+from normprop.functional import PAPER, NormRule, Size
 
 
 class _Activated(nn.Module):
@@ -43,7 +45,7 @@ class NormPropLayer(_Activated):
     channel_dim: int
     _parent: Callable[..., Any]
 
-    def _finish(self, activation: Any, rule: NormRule, out_features: int) -> None:
+    def _finish(self, activation: ActivationLike | None, rule: NormRule, out_features: int) -> None:
         """The rest of the constructor, after the torch parent's."""
         functional.check_rule(rule)
         self.rule = rule
@@ -428,10 +430,10 @@ class NormPropLinear(NormPropLayer, nn.Linear):
         in_features: int,
         out_features: int,
         bias: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        activation: Any = "relu",
+        activation: ActivationLike | None = "relu",
         rule: NormRule = PAPER,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -450,17 +452,17 @@ class _NormPropConv(NormPropLayer):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: str | Size = 0,
+        dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        activation: Any = "relu",
+        activation: ActivationLike | None = "relu",
         rule: NormRule = PAPER,
     ) -> None:
         super().__init__(
@@ -540,18 +542,18 @@ class _NormPropConvTranspose(NormPropLayer):
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Size = 0,
+        output_padding: Size = 0,
         groups: int = 1,
         bias: bool = True,
-        dilation: Any = 1,
+        dilation: Size = 1,
         padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
-        activation: Any = "relu",
+        activation: ActivationLike | None = "relu",
         rule: NormRule = PAPER,
     ) -> None:
         super().__init__(
@@ -664,11 +666,11 @@ class NormalizedActivation(_Activated):
 
     def __init__(
         self,
-        phi: Any,
+        phi: ActivationLike,
         num_features: int | None = None,
         rule: NormRule = PAPER,
-        device: Any = None,
-        dtype: Any = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not (num_features is None or (isinstance(num_features, int) and num_features >= 1)):

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from normprop import activations, gaussian
+from normprop.activations import ActivationLike
+from normprop.functional import Size
 from normprop.merges import Declared, Shapes, standardize
 from normprop.signal import Signal, gaussian_nodes
 
@@ -67,7 +69,13 @@ def _outer(lines: Sequence[Tensor]) -> Tensor:
 
 
 def _pool_counts(
-    x: Tensor, spatial: int, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+    x: Tensor,
+    spatial: int,
+    kernel: Size,
+    stride: Size | None,
+    padding: Size,
+    dilation: Size,
+    ceil_mode: bool,
 ) -> Tensor:
     """Elements in each window of a pool, shape of one output map."""
     lines = []
@@ -86,7 +94,7 @@ def _pool_counts(
     return _outer(lines)
 
 
-def _adaptive_counts(x: Tensor, spatial: int, output_size: Any) -> Tensor:
+def _adaptive_counts(x: Tensor, spatial: int, output_size: int | Sequence[int | None]) -> Tensor:
     """Elements in each window of an adaptive pool, shape of one output map.
 
     Of L positions the i-th of n windows has those from floor(i L/n) to before ceil((i + 1) L/n). Half a unit
@@ -149,9 +157,9 @@ _ADAPTIVE_AVG_POOL = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_a
 
 def normalized_avg_pool(
     x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
     ceil_mode: bool = False,
     correlation: float = 0.0,
     spatial: int | None = None,
@@ -191,7 +199,7 @@ def normalized_avg_pool(
 
 
 def normalized_adaptive_avg_pool(
-    x: Tensor, output_size: Any, correlation: float = 0.0, spatial: int | None = None
+    x: Tensor, output_size: int | Sequence[int | None], correlation: float = 0.0, spatial: int | None = None
 ) -> Tensor:
     """Adaptive average pooling that keeps variance 1; ``output_size=1`` is global pooling.
 
@@ -211,8 +219,8 @@ def normalized_adaptive_avg_pool(
 
 def normalized_upsample(
     x: Tensor,
-    size: Any = None,
-    scale_factor: Any = None,
+    size: Size | None = None,
+    scale_factor: float | tuple[float, ...] | None = None,
     mode: str = "nearest",
     align_corners: bool | None = None,
     correlation: float = 0.0,
@@ -260,7 +268,11 @@ def _upsampled_dims(mode: str) -> int:
 
 
 def _upsample_shares(
-    lines: Sequence[Tensor], size: Any, scale_factor: Any, mode: str, align_corners: bool | None
+    lines: Sequence[Tensor],
+    size: Size | None,
+    scale_factor: float | tuple[float, ...] | None,
+    mode: str,
+    align_corners: bool | None,
 ) -> Tensor:
     """Sum of squared weights into each output position, shape of one output map; lines: ones, an axis each."""
     sizes, factors = per_axis(size, len(lines)), per_axis(scale_factor, len(lines))
@@ -288,7 +300,7 @@ class AvgPool(nn.Module):
     ceil_mode: bool
     _spatial: int
 
-    def __init__(self, kernel_size: Any, *args: Any, correlation: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, kernel_size: Size, *args: Any, correlation: float = 0.0, **kwargs: Any) -> None:
         super().__init__(kernel_size, *args, **kwargs)
         _check_correlation(correlation, "]")
         self.correlation = correlation
@@ -356,7 +368,7 @@ class AdaptiveAvgPool(nn.Module):
     output_size: Any
     _spatial: int
 
-    def __init__(self, output_size: Any, *, correlation: float = 0.0) -> None:
+    def __init__(self, output_size: int | Sequence[int | None], *, correlation: float = 0.0) -> None:
         super().__init__(output_size)
         _check_correlation(correlation, "]")
         self.correlation = correlation
@@ -439,8 +451,8 @@ class NormalizedUpsample(nn.Upsample):
 
     def __init__(
         self,
-        size: Any = None,
-        scale_factor: Any = None,
+        size: Size | None = None,
+        scale_factor: float | tuple[float, ...] | None = None,
         mode: str = "nearest",
         align_corners: bool | None = None,
         *,
@@ -481,7 +493,7 @@ _GRID = 8193  # odd: a node at 0, where most kinks are
 _COMMON = 129
 
 
-def _phi_values(activation: Any) -> tuple[float, ...]:
+def _phi_values(activation: ActivationLike | None) -> tuple[float, ...]:
     """The activation on the grid: what its maxima depend on, and hashable."""
     module = activations.as_module("identity" if activation is None else activation)
     with torch.no_grad():
@@ -523,7 +535,9 @@ def _max_moments(
     )
 
 
-def max_constants(count: int, activation: Any = "relu", correlation: float = 0.0) -> tuple[float, float]:
+def max_constants(
+    count: int, activation: ActivationLike | None = "relu", correlation: float = 0.0
+) -> tuple[float, float]:
     r"""Mean and std of the greatest of ``count`` normalised activations.
 
     With :math:`u_i = \sqrt\rho\,z + \sqrt{1-\rho}\,e_i`, all standard Gaussian: the values
@@ -588,12 +602,12 @@ def _axis_products(axes: Sequence[Sequence[int]]) -> tuple[int, ...]:
 
 def normalized_max_pool(
     x: Tensor,
-    kernel_size: Any,
-    stride: Any = None,
-    padding: Any = 0,
-    dilation: Any = 1,
+    kernel_size: Size,
+    stride: Size | None = None,
+    padding: Size = 0,
+    dilation: Size = 1,
     ceil_mode: bool = False,
-    activation: Any = "relu",
+    activation: ActivationLike | None = "relu",
     correlation: float = 0.0,
     spatial: int | None = None,
     table: tuple[tuple[float, float], ...] | None = None,
@@ -632,7 +646,7 @@ def normalized_max_pool(
 
 
 def _pool_table(
-    kernel: tuple[int, ...], bordered: bool, activation: Any, correlation: float
+    kernel: tuple[int, ...], bordered: bool, activation: ActivationLike | None, correlation: float
 ) -> tuple[tuple[float, float], ...]:
     """Constants for the counts that a pool's windows may have."""
     _check_correlation(correlation, ")")
@@ -642,8 +656,8 @@ def _pool_table(
 
 def normalized_adaptive_max_pool(
     x: Tensor,
-    output_size: Any,
-    activation: Any = "relu",
+    output_size: int | Sequence[int | None],
+    activation: ActivationLike | None = "relu",
     correlation: float = 0.0,
     spatial: int | None = None,
     values: tuple[float, ...] | None = None,
@@ -712,14 +726,14 @@ class MaxPool(nn.Module):
 
     def __init__(
         self,
-        kernel_size: Any,
-        stride: Any = None,
-        padding: Any = 0,
-        dilation: Any = 1,
+        kernel_size: Size,
+        stride: Size | None = None,
+        padding: Size = 0,
+        dilation: Size = 1,
         return_indices: bool = False,
         ceil_mode: bool = False,
         *,
-        activation: Any = "relu",
+        activation: ActivationLike | None = "relu",
         correlation: float = 0.0,
     ) -> None:
         if return_indices:
@@ -752,7 +766,7 @@ class MaxPool(nn.Module):
         return f"{super().extra_repr()}, activation={self.activation}, correlation={self.correlation}"
 
 
-def _activation_name(activation: Any) -> str:
+def _activation_name(activation: ActivationLike | None) -> str:
     return "identity" if activation is None else activations.name_of(activations.as_module(activation))
 
 
@@ -803,7 +817,13 @@ class AdaptiveMaxPool(nn.Module):
     output_size: Any
     _spatial: int
 
-    def __init__(self, output_size: Any, *, activation: Any = "relu", correlation: float = 0.0) -> None:
+    def __init__(
+        self,
+        output_size: int | Sequence[int | None],
+        *,
+        activation: ActivationLike | None = "relu",
+        correlation: float = 0.0,
+    ) -> None:
         super().__init__(output_size)
         _check_correlation(correlation, ")")
         self.correlation = correlation
