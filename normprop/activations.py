@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.types import Device
 
 from normprop import gaussian
 
@@ -201,7 +202,14 @@ TABLE: tuple[Activation, ...] = (
     Activation("sigmoid", torch.sigmoid, nn.Sigmoid, functions=(torch.sigmoid, F.sigmoid)),
     Activation("logsigmoid", F.logsigmoid, nn.LogSigmoid, functions=(F.logsigmoid,)),
     Activation("tanh", torch.tanh, nn.Tanh, functions=(torch.tanh, F.tanh)),
-    Activation("softplus", F.softplus, nn.Softplus, ("beta", "threshold"), functions=(F.softplus,)),
+    Activation(
+        "softplus",
+        F.softplus,
+        nn.Softplus,
+        ("beta", "threshold"),
+        kinks=lambda beta, threshold: (threshold / beta, *(u / beta for u in (-20, -5, -1, 0, 1, 5))),
+        functions=(F.softplus,),
+    ),
     Activation("softsign", F.softsign, nn.Softsign, kinks=_at_zero, functions=(F.softsign,)),
     Activation("tanhshrink", F.tanhshrink, nn.Tanhshrink, functions=(F.tanhshrink,)),
     Activation("relu_squared", relu_squared, ReLUSquared, kinks=_at_zero, functions=(relu_squared,)),
@@ -341,6 +349,13 @@ def as_module(phi: ActivationLike) -> nn.Module:
     return row.build() if row else Elementwise(phi)
 
 
+def placed(module: nn.Module, device: Device, dtype: torch.dtype | None) -> nn.Module:
+    """The activation itself, or a copy if what it holds has to be cast or moved: others may use it too."""
+    held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+    moved = [t.to(device, dtype) is not t for t in held]
+    return copy.deepcopy(module).to(device, dtype) if any(moved) else module
+
+
 def out_of_place(module: nn.Module) -> nn.Module:
     """The activation itself, or one that writes nothing in place: for what reads a map of others."""
     if getattr(module, "inplace", False):
@@ -434,8 +449,8 @@ def mean_var(module: nn.Module, mean: Tensor, std: Tensor) -> tuple[Tensor, Tens
 def _evaluate(
     module: nn.Module, mean: Tensor, std: Tensor, want_slope: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = torch.promote_types(mean.dtype, std.dtype)
     mean, std = torch.broadcast_tensors(mean, std)
-    dtype = mean.dtype
     # A handful of numbers a channel: float64 costs nothing and leaves no cancellation.
     precise = torch.float32 if mean.device.type == "mps" else torch.float64
     mean, std = mean.to(precise), std.to(precise).abs()
@@ -457,8 +472,9 @@ def moments(
 
     The constants of Normalization Propagation (Arpit et al., ICML 2016, eqs. 9 and 12): closed
     forms where they exist, else float64 quadrature split at the kinks. Absolute error below 1e-9
-    for the activations of the table, 1e-6 for other callables (mean and std up to 100) whose kinks lie in
-    [-27, 27] and that do nothing within a hundredth: a narrower bump, or sin(100 u), is missed or inexact.
+    for the activations of the table, 1e-6 for other callables (mean and std up to 100) that bend in
+    [-27, 27] alone, and there over at least a hundredth: further out they are taken as smooth on the scale of
+    std (cos is not, from a std of about 3 on), and a narrower bump, or sin(100 u), is missed or inexact.
 
     Args:
         phi: A name (``"relu"``), a module (``nn.LeakyReLU(0.2)``), a torch function or any

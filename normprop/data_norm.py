@@ -39,7 +39,7 @@ def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
 class GlobalDataNorm(nn.Module):
     """Normalises data by the mean and standard deviation of the training set, per element or channel.
 
-    Built by :meth:`fit`. Features that never change are passed on as 0. The statistics stay in
+    Built by :meth:`fit`. Features that never changed come out as 0. The statistics stay in
     float64, whatever the module is cast to, so that a mean of 1e4 with a standard deviation of 1e-2
     loses nothing.
 
@@ -169,6 +169,11 @@ class GlobalDataNorm(nn.Module):
                 self._buffers[name] = buffer.to(moved.device)
         return self
 
+    @property
+    def divisor(self) -> Tensor:
+        """The std; infinite where it is 0, so that 0 comes out whatever goes in."""
+        return torch.where(self.std > 0, self.std, math.inf)
+
     def forward(self, input: Tensor) -> Tensor:
         try:
             fits = torch.broadcast_shapes(input.shape[1:], self.mean.shape) == input.shape[1:]
@@ -180,7 +185,7 @@ class GlobalDataNorm(nn.Module):
                 f"{tuple(input.shape)}"
             )
         dtype = input.dtype if input.is_floating_point() else torch.get_default_dtype()
-        std = torch.where(self.std > 0, self.std, 1.0)
+        std = self.divisor
         # Booleans cannot be subtracted.
         x = input.to(dtype) if input.dtype == torch.bool else input
         return ((x - self.mean) / std).to(dtype)
@@ -259,6 +264,11 @@ class WhiteningDataNorm(nn.Module):
                 part = norm(part.double())
                 part = part if part.ndim > 2 else part.unsqueeze(-1)
                 reach = reach or [min(kernel_size, size - 1 + size % 2) - 1 for size in part.shape[2:]]
+                if any(size <= lag for size, lag in zip(part.shape[2:], reach, strict=True)):
+                    raise ValueError(
+                        f"data of one size, or a smaller kernel_size, expected: filters for the first batch do not "
+                        f"fit {tuple(x.shape)}"
+                    )
                 products = _products_at_lags(part, reach)
                 sums, counts = sums + products[0], counts + products[1]
         weight = _whitening_filters(sums / counts.clamp_min(1), eps)
@@ -394,16 +404,14 @@ class BatchDataNorm(nn.Module):
                 "use normprop.GlobalDataNorm.fit(data)"
             )
         own = self.running_mean.dtype
-        x = input.to(own) if input.dtype == torch.float64 or not input.is_floating_point() else input
-        y = F.batch_norm(
-            x.flatten(1),
-            self.running_mean,
-            self.running_var,
-            training=self.training,
-            momentum=self.momentum,
-            eps=1e-8,
-        )
-        return y.view_as(x).to(input.dtype if input.is_floating_point() else own)
+        x = input if input.is_floating_point() else input.to(own)
+        wide = x.dtype if x.dtype == torch.float64 else own  # of float64, not a digit is lost
+        running = self.running_mean.to(wide), self.running_var.to(wide)
+        y = F.batch_norm(x.flatten(1), *running, training=self.training, momentum=self.momentum, eps=1e-8)
+        if self.training and wide != own:
+            self.running_mean.copy_(running[0])
+            self.running_var.copy_(running[1])
+        return y.view_as(x)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, momentum={self.momentum}"

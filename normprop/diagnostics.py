@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset
 from normprop import functional
 from normprop.data_norm import first_tensor
 from normprop.graph import reading, trace as tracing
-from normprop.graph.predict import effective, in_whole, operation_name, path_of, walk
+from normprop.graph.predict import effective, in_whole, path_of, walk
 from normprop.modules import check_model
 from normprop.records import Record, SignalTrace
 from normprop.signal import Signal
@@ -178,7 +178,7 @@ class _Run(fx.Interpreter):
         record = Record(
             name=str(node),
             path=path_of(node),
-            op=operation_name(self.graph_module, node),
+            op=reading.operation_name(self.graph_module, node),
             shape=tuple(value.shape),
             **sample_moments(value.detach()),
         )
@@ -260,7 +260,8 @@ class _Parts:
         measured, predicted = [], []
         for part, call, run in self.runs:
             read = [r for node, r in run.records.items() if node.op == "placeholder"]
-            walked = walk(part.graph_module, [Signal.gaussian(r.mean, r.std) for r in read]).trace()
+            given = [Signal.gaussian(r.mean, r.std) for r in read]
+            walked = walk(part.graph_module, given, whole=False).trace()
             ends = part.graph_module.graph.output_node().all_input_nodes
             gradient = next((run.records[end].gradient for end in ends if end in run.records), None)
             for record in walked:

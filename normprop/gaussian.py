@@ -127,7 +127,7 @@ def exponential_linear(
         x = r + rate * std
         # erfcx overflows for negative x; there the plain product is safe, its exponent being negative.
         far = 0.5 * torch.exp(-0.5 * r * r) * torch.special.erfcx(x.clamp_min(0) / math.sqrt(2))
-        near = torch.exp((rate * (mean + 0.5 * rate * std**2)).clamp_max(0)) * cdf(-x)
+        near = torch.exp(torch.where(x > 0, 0.0, rate * (mean + 0.5 * rate * std**2))) * cdf(-x)
         return torch.where(x > 0, far, near)
 
     once, twice = negative_exponential(1), negative_exponential(2)

@@ -401,8 +401,8 @@ class NormalizedGate(nn.Module):
     """``x * phi(z) / rms``, rms the root of E[phi(z)^2] for z ~ N(0, std^2): :func:`normalized_gate`.
 
     A gate multiplies whole channels of a sample by one random number, and the gates of a deep
-    network multiply each other: with std 1/sqrt(gates) their product stays bounded at any depth
-    (docs/method.md, section 10).
+    network multiply each other: with std 1/gates, as ``convert`` has it, their product stays near 1 at any
+    depth (docs/method.md, section 12).
 
     Args:
         phi: As a layer takes an activation; of a learned one the rms follows the parameters.

@@ -52,7 +52,7 @@ class NormPropLayer(_Activated):
         self.activation = activation
         self.initial_gain = initial_gain(rule, self.activation)
         if self.activation is not None:
-            self.activation.to(self.weight.device, self.weight.dtype)
+            self.activation = activations.placed(self.activation, self.weight.device, self.weight.dtype)
         if out_features and not self.fan_in:
             raise ValueError(
                 f"expected at least 1 input to each output unit, got weight {tuple(self.weight.shape)}"
@@ -404,8 +404,9 @@ class NormPropLinear(NormPropLayer, nn.Linear):
         bias: Whether to learn an additive bias.
         device: As in torch.
         dtype: As in torch.
-        activation: A name (``normprop.activations.names()``), a module, a torch function, any
-            element-wise callable, or None for a linear output (the last layer).
+        activation: A name (``normprop.activations.names()``), a module (copied if it learns in another dtype
+            or on another device), a torch function, any element-wise callable, or None for a linear output
+            (the last layer).
         rule: Which variant, default the paper's.
 
     Shape:
@@ -678,9 +679,9 @@ class NormalizedActivation(_Activated):
         functional.check_rule(rule)
         self.rule = rule
         self.num_features = num_features
-        self.activation = activations.out_of_place(activations.as_module(phi))
+        activation = activations.out_of_place(activations.as_module(phi))
+        self.activation = activations.placed(activation, device, dtype)
         self.initial_gain = initial_gain(rule, self.activation)
-        self.activation.to(device, dtype)
         for name in ("gain", "bias"):
             value = None
             if num_features is not None:

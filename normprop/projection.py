@@ -32,6 +32,7 @@ def project_(model: nn.Module) -> None:
     Raises:
         ValueError: If a layer's weight is no parameter of its own (pruned, parametrized).
     """
+    check_model(model)
     together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
     for module in model.modules():
         if isinstance(module, NormPropLayer) and module.weight.requires_grad:
@@ -55,9 +56,9 @@ def attach_projection(
     With ``trust_radius`` no step changes a NormProp unit by more than that, whatever the learning rate
     and the optimizer; layers of other kinds are not bounded. The unit's update is scaled down where
 
-    .. math:: \Delta^2 = (|g| + |\delta g|)^2\, \lVert \delta W_i \rVert^2 + \delta g^2 + \delta b^2
+    .. math:: \Delta^2 = (|g| + \min(|\delta g|, r))^2\, \lVert \delta W_i \rVert^2 + \delta g^2 + \delta b^2
 
-    (changes of unit row W, gain g and bias b) is larger than the radius squared. For inputs of mean
+    (changes of unit row W, gain g and bias b) is larger than r squared, r being the radius. For inputs of mean
     0 and covariance I, Δ bounds the root mean square of the pre-activation's change; inputs that are
     correlated can move it several times as far (docs/method.md, section 7). The radius falls with the
     learning rate, in proportion to the largest one so far.
@@ -479,7 +480,7 @@ def clip_grad_unitwise_(
         floor: The least length that counts.
 
     Raises:
-        ValueError: If clipping is no number above 0, or a gradient is sparse.
+        ValueError: If clipping or floor is no number above 0, or a gradient is sparse.
 
     Example:
         >>> weight = nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -489,6 +490,11 @@ def clip_grad_unitwise_(
         tensor([[0.0000, 0.5000]])
     """
     _check_positive("clipping", clipping)
+    _check_positive("floor", floor)
+    if isinstance(parameters, nn.Module):
+        raise TypeError(
+            f"parameters must be tensors, got {type(parameters).__name__}; pass model.parameters()"
+        )
     for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is None:
             continue

@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 # They move values and make none; a node with a note is shown whatever it does.
-LAYOUT = {
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "clone", "detach", "to",
-    "float", "type_as", "squeeze", "unsqueeze", "expand", "repeat", "tile", "roll", "flip", "movedim",
-    "swapaxes", "rearrange", "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "t",
-    "reshape_as", "view_as", "expand_as", "unfold", "rot90", "pixel_shuffle", "pixel_unshuffle",
-    "channel_shuffle", "getattr", "size", "dropout", "dropout2d", "alpha_dropout", "feature_dropout",
-    "stochastic_depth", "Identity", "Flatten", "Unflatten", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d",
-    "AlphaDropout", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "DropPath", "StochasticDepth",
+# Operations that hand on each element of a map as it is, in another place, shape or type; dropout in eval mode.
+MOVES = {
+    "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t", "movedim",
+    "swapaxes", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "tile", "contiguous", "clone", "detach",
+    "to", "float", "type_as", "rearrange", "roll", "flip", "rot90", "channel_shuffle", "pixel_shuffle",
+    "pixel_unshuffle", "dropout", "dropout2d", "alpha_dropout", "feature_dropout", "stochastic_depth", "Identity",
+    "Flatten", "Unflatten", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "PixelShuffle",
+    "PixelUnshuffle", "ChannelShuffle", "DropPath", "StochasticDepth",
+}  # fmt: skip
+# With those that hand on a part.
+LAYOUT = MOVES | {
+    "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "unfold", "getattr", "size",
 }  # fmt: skip
 _COLUMNS = ("mean", "std", "gradient")
 

@@ -15,10 +15,12 @@ from normprop.data_norm import BatchDataNorm
 from normprop.graph.reading import RANDOM_NAMES, is_batch_norm
 from normprop.graph.trace import as_inputs
 from normprop.merges import NormalizedAdd
+from normprop.modules import check_model
 
 
 def _prepared(model: nn.Module) -> nn.Module:
     """A copy in train mode whose modules that are random by purpose are in eval mode."""
+    check_model(model)
     twin = copy.deepcopy(model).train()
     off = []
     for name, module in twin.named_modules():
@@ -196,8 +198,9 @@ def assert_accumulation_equals_batch(
     Raises:
         AssertionError: If a parameter's gradients differ, or the model refuses a micro-batch.
         ValueError: If ``x`` is not finite or all one micro-batch, ``micro_batch`` is below 1, or nothing is
-            trainable.
+            trainable, or the loss is a sum.
     """
+    check_model(model)
     if micro_batch < 1:
         raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
     inputs = _inputs(x)
@@ -210,7 +213,15 @@ def assert_accumulation_equals_batch(
         raise ValueError("the model has no trainable parameter")
     whole = _prepared(model)
     parts = copy.deepcopy(whole)
-    loss(whole(*inputs), y).backward()
+    output = whole(*inputs)
+    value = loss(output, y)
+    if isinstance(output, Tensor):
+        twice = loss(torch.cat([output, output]).detach(), torch.cat([y, y])).detach()
+        if torch.isclose(twice, 2 * value.detach(), rtol=1e-3) and not torch.isclose(twice, value.detach()):
+            raise ValueError(
+                "loss is a sum over samples; expected their mean, as reduction='mean' gives it"
+            )
+    value.backward()
     for *a, b in zip(*(one.split(micro_batch) for one in (*inputs, y)), strict=True):
         try:
             (loss(parts(*a), b) * (len(b) / count)).backward()

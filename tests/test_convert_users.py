@@ -1083,3 +1083,103 @@ def test_code_that_looks_at_sizes_is_told():
     said = "'model' decides by its input's size: the result is for sizes like "
     assert said + "the example's" in normprop.convert(Sized(), example=torch.randn(2, 3, 8, 8)).notes
     assert said + "one that was guessed; pass example=" in normprop.convert(Sized()).notes
+
+
+DATA = 120 + 30 * torch.randn(256, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "flat",
+    [
+        lambda x: x.flatten(1),
+        nn.Flatten(),
+        lambda x: x.reshape(len(x), -1) / 255,
+        lambda x: (x.flatten(1) - 100) * 0.1,
+    ],
+    ids=["method", "module", "bytes", "arithmetic"],
+)
+def test_a_trained_norm_of_the_data_stays_their_norm(flat):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat = flat
+            self.data = nn.BatchNorm1d(192)
+            self.layers = nn.Sequential(nn.Linear(192, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 9))
+
+        def forward(self, x):
+            return self.layers(self.data(self.flat(x)))
+
+    torch.manual_seed(0)
+    model = Net()
+    for part in DATA.split(16) * 3:
+        model(part)
+    conversion = normprop.convert(model, example=torch.randn(4, 3, 8, 8))
+    assert [site.target for site in conversion.replaced if site.path == "data"] == ["GlobalDataNorm"]
+    assert not any("standardize" in name for name, _ in conversion.model.named_modules())
+    assert 0.7 < conversion.model(DATA).std().item() < 1.3
+
+
+def test_the_model_may_normalise_its_data_itself():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.tensor([0.47, 0.45, 0.4]))
+            self.conv, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            return self.norm(self.conv((x.float() / 255 - self.mean.view(-1, 1, 1)) / 0.118))
+
+    torch.manual_seed(0)
+    model, images = Net(), DATA.round().to(torch.uint8)
+    for example in (images[:2], torch.randn(2, 3, 8, 8)):
+        converted = normprop.convert(model, example=example).model
+        assert not any("standardize" in name for name, _ in converted.named_modules())
+        assert 0.8 < converted(images).std().item() < 1.2
+        assert normprop.predict(converted, example)[-1].std == pytest.approx(1.0, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    "shaped",
+    [
+        lambda g: g.view(-1, 16, 1, 1),
+        lambda g: g[:, :, None, None],
+        lambda g: g[..., None, None],
+        nn.Unflatten(1, (16, 1, 1)),
+        lambda g: g.unsqueeze(2).unsqueeze(3),
+    ],
+)
+def test_a_gate_in_any_spelling(shaped):
+    class Squeeze(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.shaped = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), shaped
+            self.down, self.up = nn.Linear(16, 8), nn.Linear(8, 16)
+            self.drop, self.flat, self.head = nn.Dropout(0.1), nn.Flatten(), nn.Linear(16 * 36, 8)
+            self.last = nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.conv(x)))
+            gate = torch.sigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
+            return self.last(self.head(self.flat(self.drop(x * self.shaped(gate)))))
+
+    torch.manual_seed(0)
+    conversion = normprop.convert(Squeeze(), example=torch.randn(4, 3, 8, 8))
+    targets = {site.path: site.target for site in conversion.replaced}
+    assert targets["gate"].startswith("NormalizedGate")
+    assert targets["drop"] == "NormalizedDropout"  # seen through nn.Flatten too
+    normprop.fold(conversion.model, verify=torch.randn(2, 3, 8, 8))
+
+
+def test_len_is_not_the_examples():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 5)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.conv(x)))
+            return self.head(x.reshape(len(x), -1)) * len(x.shape)
+
+    conversion = normprop.convert(Net(), example=torch.randn(4, 3, 8, 8))
+    assert conversion.notes == []
+    assert conversion.model(torch.randn(1, 3, 8, 8)).shape == (1, 5)

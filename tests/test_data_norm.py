@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from normprop import BatchDataNorm, GlobalDataNorm, WhiteningDataNorm, data_norm
+from normprop import BatchDataNorm, GlobalDataNorm, WhiteningDataNorm, data_norm, fold
 
 IMAGES = torch.randn(50, 3, 4, 5, generator=torch.Generator().manual_seed(1)) * 3 + 7
 AXES = {"element": 0, "channel": (0, 2, 3)}
@@ -399,3 +399,24 @@ def test_maps_smaller_than_the_whitening_filters_are_refused():
 def test_only_data_norms_merge():
     with pytest.raises(TypeError, match="other must be a GlobalDataNorm, as fit makes it, got Tensor"):
         GlobalDataNorm.fit(IMAGES).merge(IMAGES)
+
+
+def test_a_feature_that_never_changed_comes_out_as_0():
+    norm = GlobalDataNorm.fit(torch.tensor([[3.0, 1.0], [3.0, 2.0]]))
+    x = torch.tensor([[300.0, 2.0]])
+    torch.testing.assert_close(norm(x), torch.tensor([[0.0, 1.0]]))
+    torch.testing.assert_close(fold(torch.nn.Sequential(norm))(x), norm(x))
+
+
+def test_whitening_filters_need_data_of_one_size():
+    with pytest.raises(ValueError, match=r"data of one size.*do not fit \(20, 3, 6, 6\)"):
+        WhiteningDataNorm.fit([torch.randn(20, 3, 16, 16), torch.randn(20, 3, 6, 6)])
+
+
+def test_batch_norm_of_data_loses_no_digits_of_float64():
+    norm = BatchDataNorm((4,))
+    x = 1e4 + 1e-2 * torch.randn(500, 4, dtype=torch.float64)
+    expected = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-8).sqrt()
+    torch.testing.assert_close(norm(x), expected, rtol=1e-8, atol=1e-8)
+    assert norm.running_mean.dtype == torch.float32
+    torch.testing.assert_close(norm.running_mean, (0.1 * x.mean(0)).float())

@@ -851,3 +851,21 @@ def test_deep_copies_of_a_conversion_keep_plain_attributes():
     assert twin.names == ["cat", "dog"]
     twin.names.append("bird")
     assert source.names == ["cat", "dog"]
+
+
+def test_a_sample_without_batch_through_an_adaptive_max_pool():
+    model = nn.Sequential(normprop.NormPropConv2d(3, 4, 3), normprop.NormalizedAdaptiveMaxPool2d((2, None)))
+    x = torch.randn(3, 9, 8)
+    torch.testing.assert_close(fold(model, verify=x)(x), model(x))
+
+
+def test_outputs_that_are_cast_to_more_digits():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = normprop.NormPropLinear(8, 4)
+
+        def forward(self, x):
+            return self.layer(x).double()
+
+    assert fold(Net(), verify=torch.randn(3, 8))(torch.randn(3, 8)).dtype == torch.float64

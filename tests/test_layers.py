@@ -995,3 +995,12 @@ def test_constants_follow_the_buffers_of_an_activation():
     mean, std = normprop.functional.constants(one.activation, one.rule, one.gain, one.bias, one.standard)
     assert float(mean) == pytest.approx(truth.mean, abs=1e-6)
     assert float(std) == pytest.approx(truth.std, abs=1e-6)
+
+
+def test_an_activation_in_two_precisions_is_copied():
+    act = nn.PReLU()
+    same = normprop.NormPropLinear(3, 3, activation=act)
+    half = normprop.NormPropLinear(3, 3, activation=act, dtype=torch.bfloat16)
+    assert same.activation is act
+    assert act.weight.dtype == torch.float32
+    assert half.activation.weight.dtype == torch.bfloat16

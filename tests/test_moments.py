@@ -341,3 +341,31 @@ def test_inference_mode_changes_no_moment(name):
     outside = activations.moments(name), activations.moments(name, torch.tensor([0.3]), torch.tensor([2.0]))
     assert inside == outside
     assert layer.initial_gain == normprop.NormPropLinear(3, 4, activation=name).initial_gain
+
+
+def test_a_celu_that_grows_to_the_left():
+    def celu(u):
+        return u if u > 0 else -mp.expm1(-u)
+
+    found = normprop.moments(nn.CELU(-1.0), 0.3, 0.8)
+    density = lambda u: mp.npdf(u, 0.3, 0.8)  # noqa: E731
+    ends = [-12, -3, 0, 3, 12]
+    mean = mp.quad(lambda u: celu(u) * density(u), ends)
+    var = mp.quad(lambda u: (celu(u) - mean) ** 2 * density(u), ends)
+    assert found.mean == pytest.approx(float(mean), abs=1e-10)
+    assert found.var == pytest.approx(float(var), abs=1e-10)
+
+
+@pytest.mark.parametrize(("beta", "threshold"), [(100.0, 20.0), (1000.0, 20.0), (1.0, 1.0), (5.0, 3.0)])
+def test_a_softplus_of_any_sharpness(beta, threshold):
+    def softplus(u):
+        return u if beta * u > threshold else mp.log1p(mp.exp(beta * u)) / beta
+
+    ends = [-12, -3, -1 / beta, 0, 1 / beta, threshold / beta, 3 + threshold / beta, 32]
+    mean = mp.quad(lambda u: softplus(u) * mp.npdf(u), ends)
+    assert normprop.moments(nn.Softplus(beta, threshold)).mean == pytest.approx(float(mean), abs=1e-13)
+
+
+def test_moments_of_mixed_precision_are_in_the_wider_one():
+    mean, var = activations.mean_var(nn.ReLU(), torch.zeros(2), torch.ones(2, dtype=torch.float64))
+    assert mean.dtype == var.dtype == torch.float64

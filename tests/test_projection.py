@@ -713,3 +713,12 @@ def test_a_model_of_normalised_activations_alone():
     model(torch.randn(16, 4)).square().sum().backward()
     optimizer.step()
     assert 0 < float((model[1].bias.detach() - before).abs().max()) < 0.0101
+
+
+def test_what_is_no_model_or_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"got Conversion; pass its \.model"):
+        normprop.project_(normprop.convert(nn.Sequential(nn.Linear(3, 2))))
+    with pytest.raises(TypeError, match=r"got Linear; pass model.parameters\(\)"):
+        normprop.clip_grad_unitwise_(nn.Linear(3, 2), 0.01)
+    with pytest.raises(ValueError, match="floor must be a number above 0"):
+        normprop.clip_grad_unitwise_(nn.Linear(3, 2).parameters(), 0.01, floor=0.0)

@@ -354,3 +354,16 @@ def test_models_of_several_inputs():
         assert_accumulation_equals_batch(TwoInputs(mixes=True).double(), x, y, F.cross_entropy)
     with pytest.raises(ValueError, match="as many samples in each input, got 6, 5"):
         assert_batch_independent(model, (x[0], x[1][:5]))
+
+
+def test_a_loss_that_is_a_sum_is_refused():
+    model, x, y = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
+    with pytest.raises(ValueError, match="loss is a sum over samples; expected their mean"):
+        normprop.testing.assert_accumulation_equals_batch(model, x, y, nn.MSELoss(reduction="sum"))
+    normprop.testing.assert_accumulation_equals_batch(model, x, y, nn.MSELoss())
+
+
+@pytest.mark.parametrize("check", [assert_batch_independent, assert_train_equals_eval])
+def test_the_checks_take_modules_alone(check):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got Conversion; pass its \.model"):
+        check(normprop.convert(nn.Sequential(nn.Linear(3, 2))), torch.randn(4, 3))

@@ -23,20 +23,10 @@ from normprop.graph import inplace, reading, trace as tracing
 from normprop.graph.lighten import lighten_
 from normprop.graph.reading import TraceError, key, shape, tensor_inputs
 from normprop.graph.trace import below, has, place
+from normprop.records import MOVES
 
 _LEAVES = ("normprop.modules", "normprop.data_norm")
 # What acts on elements in their places, or moves them: an affine map may wait until behind it.
-_COMMUTE = {
-    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze", "unsqueeze",
-    "expand", "getitem", "to", "clone", "dropout", "movedim", "swapaxes", "rearrange", "roll",
-    "flip", "channel_shuffle", "pixel_shuffle", "mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-    "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "amax",
-}  # fmt: skip
-_COMMUTE_MODULES = (
-    nn.Identity, nn.Dropout, nn.Dropout2d, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.ChannelShuffle,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-)  # fmt: skip
-
 
 _LIMITS = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output
 
@@ -155,7 +145,7 @@ def _hooks(module: nn.Module) -> bool:
 
 def _drops(node: fx.Node) -> bool:
     """Whether it is a dropout, written as a function, that draws in eval mode too."""
-    return key(node) == "dropout" and bool(reading.argument(node, 2, "training", True))
+    return "dropout" in key(node) and bool(reading.argument(node, 2, "training", True))
 
 
 def _is_plain_layer(module: Any) -> bool:
@@ -166,7 +156,10 @@ def _is_plain_layer(module: Any) -> bool:
 def _check(
     model: nn.Module, inputs: tuple[Any, ...], expected: Any, actual: Any, hooked: Sequence[str]
 ) -> None:
-    gaps = _gaps(expected, actual)
+    # Outputs may be cast to more digits than they were computed with.
+    dtypes = {x.dtype for x in (*model.parameters(), *inputs) if x.is_floating_point()}
+    least = min((_LIMITS.get(dtype, 5e-2) for dtype in dtypes), default=0.0)
+    gaps = [(gap, max(limit, least)) for gap, limit in _gaps(expected, actual)]
     single = _LIMITS[torch.float32]
     if any(limit == single and not gap <= limit for gap, limit in gaps):
         # It may be the model that loses so many digits.
@@ -337,10 +330,11 @@ class _Folder:
             threshold = _threshold_of(node, module)
             if threshold is not None:
                 return self.above(first, threshold)
-            if isinstance(module, _COMMUTE_MODULES) and not getattr(module, "return_indices", False):
-                return _Value(self.module(str(node.target), module, first.node), first.a, first.b)
-            if what in _COMMUTE and not (node.kwargs.get("return_indices") or _drops(node)):
+            indices = getattr(module, "return_indices", False) or node.kwargs.get("return_indices")
+            if self.commutes(node) and not indices:
                 new = self.graph.node_copy(node, lambda n: self.values[n].node)
+                if module is not None:
+                    place(self.root, str(node.target), module)
                 return _Value(new, first.a, first.b)
         if (
             len(inputs) == 1
@@ -379,6 +373,13 @@ class _Folder:
                 return _Value(self.graph.node_copy(node, lambda n: self.values[n].node), first.a, first.b)
         return None
 
+    def commutes(self, node: fx.Node) -> bool:
+        """Whether an affine map of positive slope can come after a node as well as before it."""
+        name = reading.operation_name(self.source, node)
+        kind, adaptive, _ = reading.POOLS.get(name, ("", False, 0))
+        pools = kind == "max" or adaptive  # zero padding would take part in other averages
+        return (name in MOVES or name in ("getitem", "mean", "amax") or pools) and not _drops(node)
+
     def above(self, held: _Value, threshold: float) -> _Value:
         """``max(a * u + b, t) = a * max(u, (t - b) / a) + b`` for a above 0."""
         level = (threshold - held.b) / held.a
@@ -393,7 +394,7 @@ class _Folder:
             )
         else:
             norm = module.norm if isinstance(module, WhiteningDataNorm) else module
-            mean, std = norm.mean, torch.where(norm.std > 0, norm.std, 1.0)
+            mean, std = norm.mean, norm.divisor
         names = [self.buffer(f"{path}_{n}", v) for n, v in (("mean", mean), ("std", std))]
         value = self.call(torch.div, self.call(torch.sub, source, names[0]), names[1])
         value = self.graph.call_method("to", (value, self.dtype))
@@ -410,8 +411,9 @@ class _Folder:
         before = shape(source)
         if before is None or not self.sized:
             raise FoldError(f"{node.target}: its constants depend on the input's size; pass verify=")
-        spatial = len(before) - 2
-        x = torch.ones((), dtype=torch.float64).expand(1, 1, *before[2:])
+        spatial = module._spatial
+        sizes = before[-spatial:]
+        x = torch.ones((), dtype=torch.float64).expand(1, 1, *sizes)
         counts = pools._adaptive_counts(x, spatial, module.output_size).reshape(-1).round().long().tolist()
         found = pools._max_table(module.values, tuple(counts), module.correlation)
         table = {n: found[n] for n in set(counts)}
@@ -421,7 +423,7 @@ class _Folder:
             mean, std = table[counts[0]]
             return _Value(pooled, 1 / std, -mean / std)
         like = next((p for p in self.source.parameters()), x)
-        size = [n or before[2 + axis] for axis, n in enumerate(pools.per_axis(module.output_size, spatial))]
+        size = [n or own for n, own in zip(pools.per_axis(module.output_size, spatial), sizes, strict=True)]
         maps = [
             self.buffer(
                 f"{node.target}_{name}",

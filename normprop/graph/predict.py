@@ -92,7 +92,9 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
         )
         if not parts:
             raise
-    records = [in_whole(part, record) for part in parts for record in walk(part.graph_module).trace()]
+    records = [
+        in_whole(part, record) for part in parts for record in walk(part.graph_module, whole=False).trace()
+    ]
     for record in records:
         if record.op == "input":
             record.note = "taken as N(0, 1): it comes from code that is not followed"
@@ -114,9 +116,10 @@ def in_whole(part: tracing.Part, record: Record, call: int = 0) -> Record:
 class Walk:
     """Signals and gradient factors of the nodes of one graph."""
 
-    def __init__(self, graph_module: fx.GraphModule, drops: bool = True) -> None:
+    def __init__(self, graph_module: fx.GraphModule, drops: bool = True, whole: bool = True) -> None:
         self.graph_module = graph_module
         self.drops = drops  # whether dropout in training mode does
+        self.whole = whole  # whether the graph's inputs are the data, not what code around it made
         self.given: dict[fx.Node, Signal] = {}  # what the graph's inputs are, if not N(0, 1)
         self.signals: dict[fx.Node, Signal | None] = {}
         self.factors: dict[fx.Node, list[tuple[fx.Node, Factor]]] = {}
@@ -153,6 +156,16 @@ class Walk:
             self.signals[node], self.factors[node] = Signal.gaussian(), [(n, 1.0) for n in inputs]
             self.roots[node] = self.roots[node] or frozenset([node])
             return
+        if self.normalizes_data(node):
+            factors = self._rule(node, module, inputs)[1] if inputs else []
+            for known in (self.origin, self.channels, self.levels, self.within, self.energies):
+                known.pop(node, None)  # type: ignore[attr-defined]
+            self.signals[node], self.factors[node] = (
+                Signal.gaussian(),
+                list(zip(inputs, factors, strict=False)),
+            )
+            self.notes[node] = "the model's own normalisation of the data: taken as N(0, 1)"
+            return
         if sources and not inputs and (module is not None or key(node) == "embedding"):  # it reads integers
             rows = module.weight if isinstance(module, nn.Embedding) else None
             if rows is None or rows.is_meta or rows.numel() < 2:
@@ -178,6 +191,13 @@ class Walk:
         if node not in self.factors:
             factors = [*factors, *[0.0] * (len(inputs) - len(factors))]
             self.factors[node] = list(zip(inputs, factors, strict=True))
+
+    def normalizes_data(self, node: fx.Node) -> bool:
+        """Whether it is arithmetic on the data alone, which the model's author wrote to make them N(0, 1)."""
+        value = node.meta.get("value")
+        real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
+        arithmetic = self.whole and key(node) in ("add", "sub", "rsub", "mul", "div")
+        return arithmetic and real and reading.is_data(self.graph_module, node)
 
     def _visit_end(self, node: fx.Node) -> None:
         self.roots[node] = frozenset([node])
@@ -226,7 +246,7 @@ class Walk:
         if self.drops and (dropped := _drop_share(node, module)):
             kept = self._signal(first).affine(1 / (1 - dropped))
             return Signal.mixture([kept, Signal.constant(0.0)], [1 - dropped, dropped]), [1 / (1 - dropped)]
-        if operation_name(self.graph_module, node) in LAYOUT:
+        if reading.operation_name(self.graph_module, node) in LAYOUT:
             return self._signal(first), [_same] + [0.0] * (len(inputs) - 1)
         if reading.activation_of(node, module) is not None and len(inputs) == 1:
             return self._elementwise(node, module, first)
@@ -321,7 +341,9 @@ class Walk:
         return result, [0.0, 0.0, 1.0 / tokens, *[0.0] * (len(inputs) - 3)]
 
     def _without_rule(self, node: fx.Node) -> Signal:
-        self.notes[node] = f"no rule for {operation_name(self.graph_module, node)}: taken as N(0, 1)"
+        self.notes[node] = (
+            f"no rule for {reading.operation_name(self.graph_module, node)}: taken as N(0, 1)"
+        )
         return Signal.gaussian()
 
     def _elementwise(self, node: fx.Node, module: nn.Module | None, source: fx.Node) -> Result:
@@ -732,7 +754,7 @@ class Walk:
                 Record(
                     name=str(node),
                     path=path_of(node),
-                    op=operation_name(self.graph_module, node),
+                    op=reading.operation_name(self.graph_module, node),
                     shape=shape(node),
                     mean=signal.mean,
                     std=signal.std,
@@ -743,9 +765,9 @@ class Walk:
         return SignalTrace(records)
 
 
-def walk(graph_module: fx.GraphModule, inputs: Sequence[Signal] = ()) -> Walk:
+def walk(graph_module: fx.GraphModule, inputs: Sequence[Signal] = (), whole: bool = True) -> Walk:
     """All nodes visited, in order; the graph's first inputs are as given, others N(0, 1)."""
-    state = Walk(graph_module)
+    state = Walk(graph_module, whole=whole)
     placeholders = (node for node in graph_module.graph.nodes if node.op == "placeholder")
     state.given = dict(zip(placeholders, inputs, strict=False))
     for node in graph_module.graph.nodes:
@@ -812,13 +834,6 @@ def _is_number(value: Any) -> bool:
 def path_of(node: fx.Node) -> str:
     """The module that the node calls, or the one in whose forward it is written."""
     return str(node.target) if node.op == "call_module" else reading.owner(node)
-
-
-def operation_name(graph_module: nn.Module, node: fx.Node) -> str:
-    module = reading.module_of(graph_module, node)
-    if module is not None:
-        return type(module).__name__
-    return "input" if node.op == "placeholder" else key(node)
 
 
 def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:

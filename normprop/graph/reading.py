@@ -18,7 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from normprop import activations
+from normprop.data_norm import DATA_NORMS
 from normprop.modules import NormalizedActivation, NormPropLayer
+from normprop.records import MOVES
 
 WEIGHT_LAYERS = (
     nn.Linear,
@@ -128,6 +130,39 @@ def key(node: fx.Node) -> str:
     if home.split(".")[0] not in _FOREIGN:
         return f"{home}.{name}"
     return _spelling(name)
+
+
+def operation_name(graph_module: nn.Module, node: fx.Node) -> str:
+    """A node's operation as tables show it: a module's type, a function's or method's key, or "input"."""
+    module = module_of(graph_module, node)
+    if module is not None:
+        return type(module).__name__
+    return "input" if node.op == "placeholder" else key(node)
+
+
+def moves(graph_module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node hands on all elements of its first input as they are: a view, cast, dropout, ``x[:, None]``."""
+    if key(node) == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(i is None or i is ... or i == slice(None) for i in index)
+    return bool(tensor_inputs(node)) and operation_name(graph_module, node) in MOVES
+
+
+def is_data(graph_module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node holds the model's input: as it is, moved, or behind arithmetic, ``(x / 255 - mean) / std``."""
+    if node.op == "placeholder" or isinstance(module_of(graph_module, node), DATA_NORMS):
+        return True
+    if moves(graph_module, node) or key(node) in ("add", "sub", "rsub", "mul", "div"):
+        data = [n for n in tensor_inputs(node) if not is_constant(graph_module, n)]
+        return len(data) == 1 and is_data(graph_module, data[0])
+    return False
+
+
+def is_constant(graph_module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node is a tensor that the model holds and does not learn, moved or not."""
+    if node.op == "get_attr":
+        return not isinstance(attribute(graph_module, node), nn.Parameter)
+    return moves(graph_module, node) and all(is_constant(graph_module, n) for n in tensor_inputs(node))
 
 
 _SAME = {

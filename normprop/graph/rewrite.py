@@ -38,19 +38,16 @@ _PRESERVE = NormRule(centered=False, constants="none", gain=1.0)
 _TOLERANCE = 0.15  # how far from mean 0, std 1, and from its prediction, a weight layer's map may be
 _LIMIT = 1.0  # mean, or std - 1, above which a map is moved though the rehearsal did not ask for it
 _TINY = 0.1  # a branch that starts below this std (layer scale) is left to grow by itself
-# Nodes through which a map passes with its elements as they are.
-_PASSING = {
-    "view", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "contiguous", "squeeze",
-    "unsqueeze", "expand", "expand_as", "clone", "dropout", "to", "float", "movedim", "swapaxes", "rearrange", "roll",
-}  # fmt: skip
 
 
 class Flow:
     """A graph's signals, node by node while it is rewritten: by formula and, if there is input, by running it."""
 
-    def __init__(self, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...] | None) -> None:
+    def __init__(
+        self, graph_module: fx.GraphModule, inputs: tuple[Tensor, ...] | None, whole: bool
+    ) -> None:
         self.graph_module = graph_module
-        self.walk = Walk(graph_module, drops=False)
+        self.walk = Walk(graph_module, drops=False, whole=whole)
         self.inputs = inputs
         self.values: dict[fx.Node, Any] = {}
         self.measured: dict[fx.Node, tuple[float, float]] = {}
@@ -65,7 +62,10 @@ class Flow:
         if self.inputs is None:
             return
         try:
-            value = self.values[node] = self.run(node)
+            value = self.run(node)
+            if self.walk.normalizes_data(node):  # as it is, the noise stands for what comes out of that too
+                value = (value - value.mean()) / value.std().clamp_min(1e-12)
+            self.values[node] = value
         except Exception as error:  # formulas are left
             self.failure = (
                 f"constants are by formula alone from '{reading.owner(node) or node}' on: {type(error).__name__}: "
@@ -137,7 +137,8 @@ class _Chain:
     norm: fx.Node | None
     act: fx.Node | None
     activation: nn.Module | None
-    first: bool = False
+    first: bool = False  # no weight layer before it
+    data: bool = False  # a BatchNorm that normalises the data
     start: float | None = None  # initial gain, if not the rule's
 
     @property
@@ -171,7 +172,7 @@ class Rewriter:
         self.graph_module = graph_module
         self.graph = graph_module.graph
         self.prefix = prefix
-        self.flow = Flow(graph_module, inputs)
+        self.flow = Flow(graph_module, inputs, whole=not prefix)
         self.preserve = converter.preserve
         self.nodes = list(self.graph.nodes)
         self.ready_nodes: dict[fx.Node, fx.Node] = {}
@@ -218,6 +219,9 @@ class Rewriter:
     def module(self, node: fx.Node) -> nn.Module | None:
         return reading.module_of(self.graph_module, node)
 
+    def moves(self, node: fx.Node) -> bool:
+        return reading.moves(self.graph_module, node)
+
     def decide(self, what: str, node: fx.Node, seen: bool) -> bool:
         """A choice that rests on what was measured: as in the rehearsal, if there was one."""
         name = f"{what} {node.name}"
@@ -243,7 +247,7 @@ class Rewriter:
         taken = {chain.norm for chain in chains.values()}
         for node in norms:
             if node not in taken:
-                chain = _Chain(None, node, None, None)
+                chain = _Chain(None, node, None, None, data=self.reads_data(node))
                 self.follow(chain, gates)
                 chains[node] = chain
         self.unify(chains)
@@ -357,7 +361,7 @@ class Rewriter:
                 top, other = pair[index], pair[1 - index]
                 assert isinstance(top, fx.Node)
                 assert isinstance(other, fx.Node)
-                while key(top) in _PASSING and len(top.users) == 1:
+                while self.moves(top) and len(top.users) == 1:
                     top = tensor_inputs(top)[0]
                 alone = len(top.users) == 1 and len(tensor_inputs(top)) == 1
                 if not (alone and _is_bounded(reading.activation_of(top, self.module(top)))):
@@ -391,6 +395,10 @@ class Rewriter:
                 result[node] |= result[source]
         return result
 
+    def reads_data(self, norm: fx.Node) -> bool:
+        """Whether a BatchNorm normalises the model's input."""
+        return reading.is_data(self.graph_module, tensor_inputs(norm)[0])
+
     @functools.cached_property
     def weight_mask(self) -> int:
         """The weight layers, as bits."""
@@ -408,7 +416,7 @@ class Rewriter:
         full = self.path(path)
         if full not in self.owner.new:
             build = self.build_layer if chain.weight is not None else self.build_activation
-            if not self.preserve and chain.end is head is chain.norm and self.reads_data(head):
+            if not self.preserve and chain.data and chain.end is head:
                 build = self.build_data_norm
             self.owner.new[full] = build(chain, head)
         if not self.preserve:
@@ -543,13 +551,6 @@ class Rewriter:
         self.hand_over(str(head.target), norm, head, new)
         self.record(str(head.target), name, new)
         return new.train(norm.training)
-
-    def reads_data(self, head: fx.Node) -> bool:
-        """Whether a BatchNorm normalises the model's input itself."""
-        source = tensor_inputs(head)[0]
-        while key(source) in _PASSING:
-            source = tensor_inputs(source)[0]
-        return source.op == "placeholder"
 
     def build_data_norm(self, chain: _Chain, head: fx.Node) -> nn.Module:
         """A GlobalDataNorm with the statistics that a BatchNorm on the data has gathered."""
@@ -706,14 +707,12 @@ class Rewriter:
     def chain_before(self, node: Any, chains: dict[fx.Node, _Chain]) -> _Chain | None:
         """The weight layer without activation whose output, read by nobody else, a node is."""
         while isinstance(node, fx.Node) and len(node.users) == 1:
-            module = self.module(node)
             chain = next((c for c in chains.values() if c.end is node), None)
             if chain is not None:
                 if chain.weight is None or chain.activation is not None:
                     return None
                 return chain if len(self.calls[self.local(chain.weight)]) <= 1 else None
-            random = isinstance(module, nn.Dropout) or type(module).__name__ in reading.RANDOM_NAMES
-            if not (random or isinstance(module, nn.Identity) or key(node) in _PASSING):
+            if not self.moves(node):
                 return None
             node = tensor_inputs(node)[0]
         return None
@@ -795,7 +794,7 @@ class Rewriter:
         """Whether all that reads a map are hidden weight layers, whose activation counts on variance 1."""
         readers = list(node.users)
         for reader in readers:  # grows
-            if key(reader) in _PASSING:
+            if self.moves(reader):
                 readers += reader.users
             elif reader not in chains or not (chains[reader].norm or chains[reader].activation):
                 return False

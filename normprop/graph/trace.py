@@ -349,8 +349,9 @@ def trace(
 def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]:
     """Code that asks whether it got a tensor, or several, is told what a proxy stands for.
 
-    ``isinstance`` is given to the Python packages of the model's classes. (A proxy's ``__class__`` would reach
-    torch's C++ too, which crashes on a tensor that is none.) Activation checkpointing is left out there.
+    ``isinstance``, and a ``len`` that is a node as ``x.size(0)`` is, are given to the Python packages of the
+    model's classes. (A proxy's ``__class__`` would reach torch's C++ too, which crashes on a tensor that is none.)
+    Activation checkpointing is left out there.
 
     Args:
         model: The modules.
@@ -362,6 +363,10 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
             return True
         meant = value.node.meta.get("value", _MISSING) if issubclass(type(value), fx.Proxy) else _MISSING
         return meant is not _MISSING and isinstance(meant, kinds)
+
+    def length(value: Any) -> Any:
+        proxy = issubclass(type(value), fx.Proxy)
+        return value.size(0) if proxy and is_instance(value, Tensor) else len(value)
 
     def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
         if not issubclass(type(data), fx.Proxy):
@@ -389,6 +394,7 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
         for name, home in list(sys.modules.items()):
             if package(name) in packages and isinstance(home, ModuleType):
                 undo.enter_context(_set(home, "isinstance", is_instance))
+                undo.enter_context(_set(home, "len", length))
                 for own in [n for n, value in vars(home).items() if value is as_checkpoint]:
                     undo.enter_context(_set(home, own, checkpoint))
         undo.enter_context(_set(torch, "as_tensor", as_tensor))
