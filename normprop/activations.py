@@ -13,6 +13,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ ActivationLike = str | nn.Module | Callable[[Tensor], Tensor]  # what as_module 
 
 
 class Moments(NamedTuple):
-    """What an activation does to a Gaussian (PAPER eq. 12 and docs/method.md, section 2).
+    """What an activation does to a Gaussian (Arpit et al. 2016, eq. 12; docs/method.md, section 2).
 
     Attributes:
         mean: E[phi(u)], the paper's c2.
@@ -489,7 +490,7 @@ def moments(
     Raises:
         ValueError: If phi is unknown, not element-wise or not finite, or mean or std is a number
             that is not finite or std is below 0.
-        TypeError: If phi is not callable or does not return a tensor.
+        TypeError: If phi is not callable or does not return a tensor, or mean or std is no number.
 
     Example:
         >>> m = moments("relu")
@@ -500,6 +501,9 @@ def moments(
     """
     plain = not (isinstance(mean, Tensor) or isinstance(std, Tensor))
     for label, value in (("mean", mean), ("std", std)):
+        if not isinstance(value, (Tensor, Real)) or (isinstance(value, Tensor) and value.is_complex()):
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{label} must be a real number or a tensor of them, got {got}")
         if not isinstance(value, Tensor) and not math.isfinite(value):
             raise ValueError(f"{label} must be finite, got {value}")
     if not isinstance(std, Tensor) and std < 0:

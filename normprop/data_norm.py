@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.types import Device
 from torch.utils.data import Dataset, IterableDataset
 
 
@@ -64,10 +65,11 @@ class GlobalDataNorm(nn.Module):
     std: Tensor
     count: Tensor
 
-    def __init__(self, shape: Sequence[int]) -> None:
+    def __init__(self, shape: int | Sequence[int]) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(tuple(shape), dtype=torch.float64))
-        self.register_buffer("std", torch.ones(tuple(shape), dtype=torch.float64))
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
     @classmethod
@@ -368,7 +370,8 @@ class BatchDataNorm(nn.Module):
         deviation of 1e-3 and less come out smaller than 1.
 
     Raises:
-        ValueError: In training with a batch of 1; :class:`GlobalDataNorm` has no such limit.
+        ValueError: For a momentum outside [0, 1]; in training with a batch of 1 (:class:`GlobalDataNorm` has no
+            such limit).
 
     Example:
         >>> BatchDataNorm((1,))(torch.tensor([[1.0], [3.0]]))
@@ -381,13 +384,15 @@ class BatchDataNorm(nn.Module):
 
     def __init__(
         self,
-        shape: Sequence[int],
+        shape: int | Sequence[int],
         momentum: float = 0.1,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
+        self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum must be in [0, 1], got {momentum}")
         self.momentum = momentum
         features = torch.Size(self.shape).numel()
         self.register_buffer("running_mean", torch.zeros(features, device=device, dtype=dtype))

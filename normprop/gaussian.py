@@ -41,6 +41,8 @@ def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
         with torch.inference_mode(False):
             found = torch.tensor(values, dtype=like.dtype, device=like.device)
         if type(found) is Tensor:  # not a fake one, of a tracer
+            if len(_ON_DEVICE) >= 256:  # of pools that have met as many sizes
+                _ON_DEVICE.clear()
             _ON_DEVICE[key] = found
     return found
 

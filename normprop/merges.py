@@ -110,8 +110,8 @@ class NormalizedAdd(nn.Module):
         weights: One a branch, in the order of ``forward``'s arguments; only their ratios matter.
         learnable: Whether they are trained: parameter ``weight``, shape ``(branches,)``, divided by
             its length in ``forward``.
-        stds: Of the branches, where they are not of variance 1: each is divided by its own. A branch
-            whose last layer starts with its weight as gain costs no operation.
+        stds: Of the branches, where they are not of variance 1: each is divided by its own. A branch whose
+            std is its weight is added as it is, without a multiplication.
         drop_prob: Stochastic depth (Huang et al., ECCV 2016) for (trunk, branch): in training a
             sample's branch is dropped with this probability and its trunk then passes with weight 1,
             so that the variance stays 1.
@@ -315,7 +315,7 @@ def normalized_dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace
     """Dropout that keeps variance 1: in training ``mask * x / sqrt(1 - p)``, else x.
 
     Torch divides by 1 - p, which keeps the mean and multiplies the variance by 1/(1 - p). Here the
-    mean given x is ``sqrt(1 - p) x`` in training and x in use (PAPER 1.7): one of the two must give.
+    mean given x is ``sqrt(1 - p) x`` in training and x in use: one of the two must give.
 
     Args:
         x: Any shape, mean 0 and variance 1.
@@ -345,7 +345,7 @@ class NormalizedDropout(nn.Dropout):
     """``nn.Dropout`` that keeps variance 1: ``mask / sqrt(1 - p)`` in training, the identity in eval mode.
 
     The price is a mean that differs between the two: given x, ``sqrt(1 - p) x`` in training and x in
-    eval mode (PAPER 1.7). Torch's own keeps that mean and multiplies the variance by 1/(1 - p).
+    eval mode. Torch's own keeps that mean and multiplies the variance by 1/(1 - p).
 
     Args:
         p, inplace: As in torch.
@@ -495,14 +495,14 @@ class Standardize(nn.Module):
 
 
 class RectifiedSum(nn.Module):
-    """``max(ratio * trunk + branch, low)``: a residual sum and the ReLU behind it, in units in which that is all.
+    """``max(ratio * trunk + branch, low)``: a residual sum and its ReLU, on inputs that are scaled to need no more.
 
     :func:`normprop.convert` makes it of a :class:`NormalizedAdd`, a ReLU and the :class:`Standardize` that
     reads them, whose constants go into the layers around (docs/method.md, section 12).
 
     Args:
         ratio: On the trunk.
-        low: What a raw value of 0 is in these units.
+        low: Where 0 lies on that scale: the lower limit.
         std: Of the result, if it is known; its mean is then 0.
 
     Shape:
@@ -536,13 +536,13 @@ class RectifiedSum(nn.Module):
 
 
 class ShiftedReLU(nn.Module):
-    """``max(x, low)``: a normalised ReLU that reads a trunk, in units in which that is all.
+    """``max(x, low)``: a normalised ReLU that reads a trunk, on an input that is scaled to need no more.
 
     :func:`normprop.lighten` makes it of a :class:`~normprop.NormalizedActivation`, whose constants go into
     the layers around (docs/method.md, section 12). For its backward it keeps its output alone.
 
     Args:
-        low: What a raw value of 0 is in these units.
+        low: Where 0 lies on that scale: the lower limit.
 
     Shape:
         Any.

@@ -6,6 +6,7 @@ import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from normprop import activations, functional
 from normprop.activations import ActivationLike
-from normprop.functional import PAPER, NormRule, Size
+from normprop.functional import PAPER, RECOMMENDED, NormRule, Size
 
 
 class _Activated(nn.Module):
@@ -294,9 +295,9 @@ def scale_together(model: nn.Module) -> Handles:
     """From now on each forward of ``model`` scales the weights of all its NormProp layers at once.
 
     The same outputs and gradients, with fewer and larger operations: worth it where the maps are
-    small or the GPU waits for Python. Nothing is kept between forwards. A layer that is called alone, in a compiled
-    graph, in a checkpointed part, or whose parameters were replaced or changed since the forward began,
-    scales its own.
+    small or the GPU waits for Python. Nothing is kept between forwards. A layer that is called outside the
+    model's forward, in a compiled graph or in a checkpointed part, or whose parameters change during the
+    forward, scales its own weight as before.
 
     Args:
         model: What is called: hooks are registered on it.
@@ -336,8 +337,13 @@ def parent_arguments(layer: Any) -> dict[str, Any]:
 
 
 def rule_name(rule: NormRule) -> str:
-    """``PAPER`` for the paper's rule, else the rule in full."""
-    return "PAPER" if rule == PAPER else repr(rule)
+    """``PAPER`` or ``RECOMMENDED``, else in what the rule differs from the paper's."""
+    for name, known in (("PAPER", PAPER), ("RECOMMENDED", RECOMMENDED)):
+        if rule == known:
+            return name
+    own = {f.name: getattr(rule, f.name) for f in fields(rule)}
+    other = [f"{name}={value!r}" for name, value in own.items() if value != getattr(PAPER, name)]
+    return f"NormRule({', '.join(other)})"
 
 
 def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
@@ -391,7 +397,7 @@ def _fuse_activation(
 
 
 class NormPropLinear(NormPropLayer, nn.Linear):
-    r"""``nn.Linear`` whose output has mean 0 and variance 1 (PAPER eq. 9; eq. 12 for any activation).
+    r"""``nn.Linear`` whose output has mean 0 and variance 1 (Arpit et al. 2016, eq. 9; eq. 12 for any activation).
 
     .. math:: o = (\varphi(g\,(W x)/\lVert W_i\rVert_2 + b) - \text{mean})/\text{std}
 
@@ -493,7 +499,7 @@ class NormPropConv1d(_NormPropConv, nn.Conv1d):
 
 
 class NormPropConv2d(_NormPropConv, nn.Conv2d):
-    r"""``nn.Conv2d`` whose output has mean 0 and variance 1 (PAPER eq. 11; eq. 12 for any activation).
+    r"""``nn.Conv2d`` whose output has mean 0 and variance 1 (Arpit et al. 2016, eq. 11; eq. 12 for any activation).
 
     .. math:: o = (\varphi(g\,(W * x)/\lVert W_i\rVert_F + b) - \text{mean})/\text{std}
 

@@ -170,7 +170,7 @@ def normalized_avg_pool(
 
     with n the elements that the window really has: padding and overhang are left out, and whatever
     torch divides by cancels. Derivation: docs/method.md, section 10; C is the correlation after the
-    activation (PAPER 1.7).
+    activation (docs/method.md, section 10).
 
     Args:
         x: Shape ``(N, C, *)``, mean 0 and variance 1.
@@ -542,7 +542,7 @@ def max_constants(
 
     With :math:`u_i = \sqrt\rho\,z + \sqrt{1-\rho}\,e_i`, all standard Gaussian: the values
     :math:`(\varphi(u_i) - \text{mean})/\text{std}` are independent given z, so that their maximum
-    has the distribution :math:`E_z[F(v\,|\,z)^n]`. Source: PAPER 1.7; docs/method.md, section 10.
+    has the distribution :math:`E_z[F(v\,|\,z)^n]`. Derivation: docs/method.md, section 10.
 
     Args:
         count: n, at least 1.
@@ -788,7 +788,7 @@ class NormalizedMaxPool2d(MaxPool, nn.MaxPool2d):
         activation: What the input went through, as a layer takes it; None for a Gaussian itself. A
             learned one counts with the parameters it has when the pool is built (channels averaged).
         correlation: Between the activation's arguments in a window, in [0, 1). Near 0.9 for the
-            pixels of an image (PAPER 1.7).
+            pixels of an image.
 
     Shape:
         As ``nn.MaxPool2d``: (N, C, H, W) or (C, H, W).

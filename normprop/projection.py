@@ -64,11 +64,11 @@ def attach_projection(
     learning rate, in proportion to the largest one so far.
 
     With ``orthogonal`` the step of each NormProp weight, tangent to its rows, is first replaced by
-    :func:`orthogonal` of it, rows of the radius' length: directions of a layer's inputs are learned at
-    one pace, and rows do not all turn the same way. Gains and biases move as the optimizer moves them
+    :func:`orthogonal` of it, rows of the radius' length: all singular directions of the step get
+    about the same size. Gains and biases move as the optimizer moves them
     and share the bound with their rows: a small learning rate (0.05 with SGD) leaves most of it to the
-    rows. A warm-up does nothing for the rows (the radius is that of the largest rate so far), nor do
-    learning rates by group. More accurate at equal epochs (experiments/beyond), for 6 to 40 % of a
+    rows. A warm-up, or another learning rate in one group, does not change the rows' steps (the radius
+    is that of the largest rate so far). More accurate at equal epochs (experiments/beyond), for 6 to 40 % of a
     step's time on a CPU (docs/method.md, section 7).
 
     Args:

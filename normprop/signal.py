@@ -105,7 +105,7 @@ class Signal:
         return self.image(y), float((self.weights * slope.square()).sum())
 
     def image(self, y: Tensor) -> Signal:
-        """What becomes of it where its values become ``y``, in the range of these: the next function may need it."""
+        """Of the values ``y``, kept in their range: the next function may not be defined outside."""
         result = Signal.of(y, self.weights)
         return Signal(result.values.clamp(y.min(), y.max()), result.weights)
 

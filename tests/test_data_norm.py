@@ -401,6 +401,13 @@ def test_only_data_norms_merge():
         GlobalDataNorm.fit(IMAGES).merge(IMAGES)
 
 
+def test_a_shape_may_be_one_number():
+    assert GlobalDataNorm(3).mean.shape == (3,)
+    assert BatchDataNorm(3)(torch.randn(8, 3)).shape == (8, 3)
+    with pytest.raises(ValueError, match=r"momentum must be in \[0, 1\], got 5"):
+        BatchDataNorm(3, momentum=5)
+
+
 def test_a_feature_that_never_changed_comes_out_as_0():
     norm = GlobalDataNorm.fit(torch.tensor([[3.0, 1.0], [3.0, 2.0]]))
     x = torch.tensor([[300.0, 2.0]])

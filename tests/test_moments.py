@@ -330,6 +330,12 @@ def test_bad_numbers_are_refused(arguments, message):
         normprop.moments("relu", **arguments)
 
 
+@pytest.mark.parametrize(("mean", "got"), [("1", "str"), (torch.tensor(1j), "torch.complex64")])
+def test_what_is_no_number_is_refused(mean, got):
+    with pytest.raises(TypeError, match=f"mean must be a real number or a tensor of them, got {got}"):
+        normprop.moments("relu", mean)
+
+
 @pytest.mark.parametrize("name", ["gelu", "silu", "relu"])
 def test_inference_mode_changes_no_moment(name):
     with torch.inference_mode():

@@ -159,16 +159,17 @@ def convert(
         preserve: See above.
         strict: Raise if anything is skipped.
         filter_fn: ``filter_fn(module, path)``: False leaves a BatchNorm or weight layer as it is.
-        example: An input, or a tuple of them, of the sizes that will be used; values count if they look
-            like normalised data. None: guessed, (N, C) for a model that starts with a Linear layer. Needed
-            for sequences (N, L, C), where the code looks at shapes, and for the constants behind averages
-            over positions.
+        example: An input, or a tuple of them, of the sizes that will be used. Its values calibrate
+            constants if they look like normalised data (mean within 0.5, std in [0.5, 2], neighbouring pixels
+            alike), else noise of its shape does. None: guessed, (N, C) for a model that starts with a Linear
+            layer. Needed for sequences (N, L, C), where the code looks at shapes, and for the constants behind
+            averages over positions.
 
     Returns:
         :class:`Conversion`; ``model`` has the source's module paths and key names, a BatchNorm's
         weight and bias being the layer's ``gain`` and ``bias``. It computes what ``forward`` does, as one
-        graph: containers on the way (``model.layer1``) cannot be called, other methods are lost, which
-        ``notes`` says. Code that torch.fx cannot follow stays, and its parts are converted one by one.
+        graph: containers on the way (``model.layer1``) cannot be called, and ``notes`` lists the methods that
+        it lacks. Code that torch.fx cannot follow stays, and its parts are converted one by one.
         Constants that were measured on the weights are in its state dict (``constants``); which layers
         have some does not depend on the seed: another process loads it into a conversion of its own.
         (Weights far from fresh ones, trained say, may need more of them: ``torch.save(model, path)``.)

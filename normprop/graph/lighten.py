@@ -48,7 +48,7 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     A :class:`~normprop.NormalizedAdd` of a trunk and a layer's output becomes a plain sum, a
     :class:`~normprop.NormalizedActivation` ("relu", without gain and bias) that reads it for layers a
     :class:`~normprop.ShiftedReLU`, and ``Standardize`` goes. Sums with learned weights or dropped
-    branches, what has hooks, and what other code reads, stay.
+    branches stay as they are, as do modules with hooks and those whose attributes other code reads.
 
     Args:
         model: Is left untouched.
