@@ -168,6 +168,8 @@ class _Run(fx.Interpreter):
         with _refusal_told(self.inputs):
             value = super().run_node(n)
         if n.op not in ("output", "get_attr") and isinstance(value, Tensor) and value.is_floating_point():
+            if any(value is self.env.get(source) for source in n.all_input_nodes):
+                value = value.view_as(value)  # nn.Identity's output has a gradient of its own
             if not value.requires_grad:  # the input, or made of parameters alone; a clone may be written to
                 value = value.detach().requires_grad_().clone()
             self._record(n, value)

@@ -104,6 +104,14 @@ class Signal:
         y, slope = with_slope(function, self.values)
         return self.image(y), float((self.weights * slope.square()).sum())
 
+    def sample(self, shape: tuple[int, ...]) -> Tensor:
+        """Independent values; always the same."""
+        drawn = torch.rand(
+            math.prod(shape), dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        )
+        index = torch.searchsorted(self.weights.cumsum(0), drawn * self.weights.sum())
+        return self.values[index.clamp_max(len(self.values) - 1)].view(shape)
+
     def image(self, y: Tensor) -> Signal:
         """Of the values ``y``, kept in their range: the next function may not be defined outside."""
         result = Signal.of(y, self.weights)

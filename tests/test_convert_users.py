@@ -1183,3 +1183,74 @@ def test_len_is_not_the_examples():
     conversion = normprop.convert(Net(), example=torch.randn(4, 3, 8, 8))
     assert conversion.notes == []
     assert conversion.model(torch.randn(1, 3, 8, 8)).shape == (1, 5)
+
+
+def test_modules_that_forward_makes():
+    class Net(nn.Module):
+        def __init__(self, head=None):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), head
+
+        def forward(self, x):
+            x = nn.ReLU(inplace=True)(self.norm(self.conv(x)))
+            x = nn.Flatten()(nn.AdaptiveAvgPool2d(1)(x))
+            return x if self.head is None else nn.Linear(8, 2)(x)
+
+    x = torch.randn(16, 3, 12, 12)
+    targets = [site.target for site in normprop.convert(Net(), example=x).replaced]
+    assert targets == ["NormPropConv2d, relu", "NormalizedAdaptiveAvgPool2d"]
+    (site,) = normprop.convert(Net(head=True), example=x).skipped
+    assert "calls a Linear that it does not hold; make it an attribute in __init__" in site.target
+
+
+def test_tensors_that_forward_makes_have_shapes_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 9), nn.BatchNorm1d(9)
+
+        def forward(self, x):
+            x = self.norm(self.layer(x)) + torch.eye(3, dtype=x.dtype).flatten()
+            return x * 2 if x.shape[1] > 4 else x
+
+    model, x = Net(), torch.randn(8, 8)
+    assert len(normprop.convert(model, example=x).replaced) == 1
+    converted = normprop.convert(model.eval(), preserve=True, example=x).model
+    torch.testing.assert_close(converted(x), model(x))
+
+
+def test_parts_given_by_keyword_are_joined():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.conv(x)))
+            return torch.cat(tensors=(x[:, :4], x[:, 4:]), dim=1)
+
+    assert (
+        normprop.convert(Net(), example=torch.randn(8, 3, 12, 12)).model(torch.randn(1, 3, 9, 9)).shape[1]
+        == 8
+    )
+
+
+def test_why_nothing_became_of_a_norm():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"preserve=True: '0.weight' has no values \(device meta\)"):
+        normprop.convert(model, preserve=True)
+    wrapped = nn.Sequential(nn.DataParallel(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))))
+    (site,) = normprop.convert(wrapped).skipped
+    assert site.target == "it is wrapped in DataParallel: put model.0.module in the place of model.0"
+
+
+def test_a_generator_starts_from_one_position():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose2d(32, 64, 4, bias=False), nn.BatchNorm2d(64), nn.ReLU(True),
+        nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(True),
+        nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Tanh(),
+    )  # fmt: skip
+    trace = normprop.measure(normprop.convert(model).model, torch.randn(256, 32, 1, 1))
+    assert all(0.8 < record.std < 1.25 for record in trace)

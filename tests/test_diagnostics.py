@@ -669,3 +669,18 @@ def test_models_by_name(folder):
     assert input_size(detector, None) == (3, 224, 224)
     assert input_size(nn.Linear(5, 2), None) == (5,)
     assert input_size(nn.Linear(5, 2), "7X5") == (7, 5)
+
+
+def test_an_identity_has_a_gradient_of_its_own():
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same, self.other = nn.Linear(64, 64), nn.Identity(), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return 0.01 * self.same(x) + 10 * self.other(x)
+
+    trace = measure(Branches(), torch.randn(64, 64))
+    assert trace["same"].gradient == pytest.approx(0.01, rel=1e-3)
+    assert trace["first"].gradient > 1.0

@@ -1,6 +1,7 @@
 """``fold``: the folded model against the model, and nothing of ours in it."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -869,3 +870,37 @@ def test_outputs_that_are_cast_to_more_digits():
             return self.layer(x).double()
 
     assert fold(Net(), verify=torch.randn(3, 8))(torch.randn(3, 8)).dtype == torch.float64
+
+
+class Drawing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = normprop.NormPropLinear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) + 2 * torch.randn_like(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_that_draws_numbers_is_verified_with_the_same(dtype):
+    model, x = Drawing().to(dtype), torch.randn(4, 8, dtype=dtype)
+    before = torch.get_rng_state()
+    fold(model, verify=x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@torch.no_grad()
+def test_noise_is_no_excuse_for_a_wrong_fold(monkeypatch):
+    module = importlib.import_module("normprop.graph.fold")
+    monkeypatch.setattr(module, "_folded", lambda model, *_: nn.Identity())
+    with pytest.raises(module.FoldError, match="the folded model differs"):
+        fold(Drawing(), verify=torch.randn(4, 8))
+
+
+def test_a_model_without_values_is_refused():
+    with torch.device("meta"):
+        model = nn.Sequential(normprop.NormPropLinear(4, 4))
+    with pytest.raises(
+        ValueError, match=r"'0.weight' has no values \(device meta\): load the weights first"
+    ):
+        fold(model)

@@ -15,6 +15,7 @@ from torch import nn
 import normprop
 from normprop import NormPropConv2d, NormPropLinear, NormRule, activations, predict
 from normprop.graph import reading
+from normprop.graph.predict import walk
 from normprop.graph.reading import TraceError, key
 from normprop.graph.trace import trace
 from normprop.merges import NormalizedAdd, Standardize
@@ -483,7 +484,9 @@ def gaussian_stats(code, x=None):
     ids=["x + x", "swish", "relu - relu", "polynomial", "relu * x", "chain", "rsub", "alpha"],
 )
 def test_functions_of_one_map_are_exact(code):
-    record = predict(Code(code), randn(4))[-1]
+    record = walk(trace(Code(code), randn(4)), whole=False).trace()[
+        -1
+    ]  # x - 1 is no normalisation of data here
     mean, std = gaussian_stats(code)
     # 1e6 samples: five standard errors of about std/1000, with room for heavy tails.
     assert record.mean == pytest.approx(mean, abs=0.01 * std)
@@ -570,10 +573,46 @@ def test_weak_assumptions_are_noted():
 
 
 def test_an_unknown_module_has_no_rule():
-    class Odd(nn.GLU):
-        pass
+    assert notes(nn.Sequential(nn.Fold((4, 4), 2)), randn(2, 8, 9)) == {
+        "_0": "no rule for Fold: taken as N(0, 1)"
+    }
+    model = Code(lambda self, x: self.rnn(x)[0], rnn=nn.RNN(8, 8))  # tables do not show what gives a tuple
+    assert notes(model, randn(2, 3, 8))["getitem"] == "no rule for RNN: taken as N(0, 1)"
 
-    assert notes(nn.Sequential(nn.GLU(1)), randn(2, 8)) == {"_0": "no rule for GLU: taken as N(0, 1)"}
+
+@pytest.mark.parametrize("classes", [2, 8, 64])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.softmax(-1),
+        nn.Softmax(1),
+        lambda x: F.log_softmax(x, 1),
+        nn.LogSoftmax(-1),
+        nn.GLU(1),
+        lambda x: x.max(1)[0],
+        lambda x: torch.min(x, dim=1)[0],
+        lambda x: x.amin(1),
+    ],
+)
+def test_functions_of_several_independent_values(function, classes):
+    torch.manual_seed(0)
+    model = Code(lambda self, x: function(x))
+    trace = normprop.measure(model, torch.randn(40_000, classes))
+    assert trace.predicted[0].gradient == pytest.approx(trace[0].gradient, rel=0.03)
+    assert trace.predicted[-1].mean == pytest.approx(trace[-1].mean, rel=0.03, abs=0.01)
+    assert trace.predicted[-1].std == pytest.approx(trace[-1].std, rel=0.03)
+
+
+def test_straight_through_code():
+    model = Code(lambda self, x: F.relu(x.sin().detach() + x.tanh() - x.tanh().clone().detach()))
+    trace = normprop.measure(model, torch.randn(4000, 16))
+    assert trace.predicted["relu"].std == pytest.approx(trace["relu"].std, rel=0.03)
+    assert trace.predicted[0].gradient == pytest.approx(trace[0].gradient, rel=0.05)
+
+
+def test_constants_are_no_maps():
+    model = Code(lambda self, x: torch.linspace(0, 1, x.shape[1]).type_as(x) * x)
+    assert [record.op for record in predict(model, randn(9, 8))] == ["input", "mul"]
 
 
 @pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (2, 2, 1), (3, 1, 2), (20, 2, 1)])

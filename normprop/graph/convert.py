@@ -177,7 +177,9 @@ def convert(
     Raises:
         ConversionError: If ``strict`` and a site was skipped, with all reasons.
         TypeError: For what is not a module, a rule that is not a NormRule, or a filter_fn that is not a function.
-        ValueError: For a model that is wrapped for several devices, or an example that it does not take.
+        ValueError: For a model that is wrapped for several devices, an example that it does not take, or with
+            ``preserve`` weights on the meta device.
+        TraceError: For a model that cannot be copied (a ValueError).
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten())
@@ -201,13 +203,17 @@ def convert(
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) has no weights yet: run the model once, then convert it"
             )
+    if preserve and (without := [name for name, p in model.named_parameters() if p.is_meta]):
+        raise ValueError(
+            f"preserve=True: '{without[0]}' has no values (device meta); load the weights first"
+        )
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)
     known = {site.path for site in report.skipped}
     for name, module in report.model.named_modules():
         if reading.is_batch_norm(module) and name not in known:
-            worker.skip(name, module, "it is inside a module whose code is not followed")
+            worker.skip(name, module, _why_inside(report.model, name))
     if report.replaced:
         report.model.register_load_state_dict_pre_hook(_check_constants)
     if preserve:
@@ -225,6 +231,15 @@ def convert(
         reasons = "\n".join(f"  {s.path or 'model'}: {s.source}: {s.target}" for s in report.skipped)
         raise ConversionError(f"{_sites(len(report.skipped))} cannot be converted:\n{reasons}")
     return report
+
+
+def _why_inside(model: nn.Module, name: str) -> str:
+    """Why nothing became of a BatchNorm that no graph calls."""
+    while name := name.rpartition(".")[0]:
+        kind = type(model.get_submodule(name)).__name__
+        if kind in tracing.WRAPPERS:
+            return f"it is wrapped in {kind}: put model.{name}.{tracing.WRAPPERS[kind]} in the place of model.{name}"
+    return "it is inside a module whose code is not followed"
 
 
 def _remarks(source: nn.Module, result: nn.Module) -> Iterator[str]:

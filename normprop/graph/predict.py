@@ -36,7 +36,19 @@ Result = tuple[Signal, list[Any]]
 
 _NUMBERS = {"add", "sub", "mul", "div", "neg", "pow", "rsub"}
 # Over dims that the code names, as reading.POOLS has pools.
-_REDUCTIONS = {"mean": ("avg", True, 0), "sum": ("avg", True, 0), "amax": ("max", True, 0)}
+_REDUCTIONS = {
+    "mean": ("avg", True, 0), "sum": ("avg", True, 0), "amax": ("max", True, 0), "max": ("max", True, 0),
+    "amin": ("min", True, 0), "min": ("min", True, 0),
+}  # fmt: skip
+_SAME_PLACES = {
+    "detach",
+    "clone",
+    "contiguous",
+    "to",
+    "float",
+    "type_as",
+    "Identity",
+}  # of those that only move
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Where their weights and biases stand as arguments.
 _FUNCTIONAL_NORMS = {
@@ -156,6 +168,9 @@ class Walk:
             self.signals[node], self.factors[node] = Signal.gaussian(), [(n, 1.0) for n in inputs]
             self.roots[node] = self.roots[node] or frozenset([node])
             return
+        if reading.moves(self.graph_module, node) and self.signals.get(sources[0]) is None:
+            self.signals[node] = None  # other arguments than the first only give a shape or a type
+            return
         if self.normalizes_data(node):
             factors = self._rule(node, module, inputs)[1] if inputs else []
             for known in (self.origin, self.channels, self.levels, self.within, self.energies):
@@ -246,8 +261,17 @@ class Walk:
         if self.drops and (dropped := _drop_share(node, module)):
             kept = self._signal(first).affine(1 / (1 - dropped))
             return Signal.mixture([kept, Signal.constant(0.0)], [1 - dropped, dropped]), [1 / (1 - dropped)]
-        if reading.operation_name(self.graph_module, node) in LAYOUT:
-            return self._signal(first), [_same] + [0.0] * (len(inputs) - 1)
+        if (name := reading.operation_name(self.graph_module, node)) in LAYOUT:
+            if name in _SAME_PLACES:
+                origin, function = self.origin.get(first, (first, _same))
+                stopped = lambda values, f=function: f(values).detach()  # noqa: E731
+                self.origin[node] = origin, stopped if name == "detach" else function
+            if first in self.notes and isinstance(
+                first.meta.get("value"), tuple
+            ):  # which tables do not show
+                self.notes[node] = self.notes[first]
+            through = 0.0 if name == "detach" else _same
+            return self._signal(first), [through] + [0.0] * (len(inputs) - 1)
         if reading.activation_of(node, module) is not None and len(inputs) == 1:
             return self._elementwise(node, module, first)
         if what in _NUMBERS and single:
@@ -264,8 +288,11 @@ class Walk:
             return self._norm(node, module, first)
         if what in _FUNCTIONAL_NORMS:
             return self._functional_norm(node, what, inputs)
-        if isinstance(module, nn.Softmax) or what == "softmax":
+        if isinstance(module, (nn.Softmax, nn.LogSoftmax)) or what in ("softmax", "log_softmax"):
             return self._softmax(node, module, first)
+        if isinstance(module, nn.GLU) or what == "glu":
+            gate, slope = self._signal(first).apply(torch.sigmoid)
+            return self._signal(first).times(gate), [gate.rms**2 + self._signal(first).rms ** 2 * slope]
         if what in ("matmul", "einsum") and len(inputs) == 2:
             return self._matmul(node, what, inputs)
         if what == "scaled_dot_product_attention":
@@ -574,19 +601,23 @@ class Walk:
             return None
         kind, adaptive, spatial = found
         signal, before, after = self._signal(source), shape(source), shape(node)
+        if isinstance(value := node.meta.get("value"), tuple):  # with the indices
+            after = tuple(value[0].shape)
         size: Any = (
             argument(node, 1, "kernel_size", 1) if module is None else getattr(module, "kernel_size", 1)
         )
         if adaptive or reading.nodes_in(size):  # or it is made of the map's own size
-            count = max(1, math.prod(before) // max(1, math.prod(after))) if before and after else _GLOBAL
+            known = before is not None and after is not None
+            count = max(1, math.prod(before) // max(1, math.prod(after))) if known else _GLOBAL  # type: ignore[arg-type]
         else:
             count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
         if count == 1:
             return signal, [1.0]
         self.evens[node] = float(kind == "avg")
-        if kind == "max":
-            self.notes[node] = "max pool: neighbours taken as independent"
-            return signal.maximum(count), [1.0]
+        if kind in ("max", "min"):
+            self.notes[node] = f"{kind} pool: neighbours taken as independent"
+            side = 1.0 if kind == "max" else -1.0
+            return signal.affine(side).maximum(count).affine(side), [1.0]
         pooled = self._average(node, source, count)
         if name == "sum":
             return pooled.affine(count), [float(count)]
@@ -675,13 +706,20 @@ class Walk:
         return result, [passes] + [0.0] * (len(inputs) - 1)
 
     def _softmax(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
+        r"""By sampled logits; with p the softmax and n its size, the squares of its Jacobian sum up to
+        :math:`\sum p^2 - 2 \sum p^3 + (\sum p^2)^2`, those of its logarithm's to :math:`n - 2 + n \sum p^2`.
+        """
         self.notes[node] = "softmax of independent logits"
         self.evens[node] = 0.0
         dim: Any = argument(node, 1, "dim") if module is None else module.dim
         size = (shape(node) or (2,))[-1 if dim is None else dim]
-        signal, _ = self._signal(source).apply(torch.exp)
-        result = signal.affine(1 / (size * signal.mean))
-        return result, [result.rms**2]
+        logits = self._signal(source).sample((max(8, 2**15 // size), size))
+        p = logits.softmax(1)
+        squares = p.square().sum(1)
+        if isinstance(module, nn.LogSoftmax) or key(node) == "log_softmax":
+            return Signal.of(logits.log_softmax(1)), [float((size - 2 + size * squares).mean()) / size]
+        passed = squares - 2 * p.pow(3).sum(1) + squares.square()
+        return Signal.of(p), [float(passed.mean()) / size]
 
     def _matmul(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
         a, b = (self._signal(n) for n in inputs)

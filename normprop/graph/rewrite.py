@@ -604,9 +604,9 @@ class Rewriter:
                     node = self.rewrite_gate(node, index, phis[top])
                 elif node in joins:
                     node = self.rewrite_join(node, joins[node])
-                elif key(node) == "cat" and isinstance(node.args[0], (list, tuple)):
-                    parts = [self.ready(n) if isinstance(n, fx.Node) else n for n in node.args[0]]
-                    node.args = (parts, *node.args[1:])
+                elif key(node) == "cat" and isinstance(argument(node, 0, "tensors"), (list, tuple)):
+                    for part in set(tensor_inputs(node)):
+                        node.replace_input_with(part, self.ready(part))
                 elif type(self.module(node)) is nn.Dropout and self.feeds_hidden(node, chains):
                     node = self.rewrite_dropout(node)
                 else:

@@ -107,6 +107,12 @@ class _Attribute(_Concrete, fx.proxy.Attribute):
     pass
 
 
+def _is_passing(module: nn.Module) -> bool:
+    """Whether a module that forward() makes, ``blocks[:2](x)`` or ``nn.ReLU()(x)``, holds nothing of its own."""
+    held = any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+    return type(module) is nn.Sequential or not held
+
+
 def check_forward(module: nn.Module) -> None:
     """Raises TraceError for a subclass of a NormProp layer that computes something else."""
     if is_normprop(module) and not home_of_forward(module).startswith("normprop."):
@@ -162,9 +168,13 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         # While it traces, fx sends every module's call here, the shadow's too.
         check_forward(m)
-        sliced = type(m) is nn.Sequential and m not in (self.submodule_paths or {})  # blocks[:2](x)
-        if self.evaluating or sliced:
+        unknown = m not in (self.submodule_paths or {})
+        if self.evaluating or (unknown and _is_passing(m)):
             return forward(*args, **kwargs)
+        if unknown:
+            raise fx.proxy.TraceError(
+                f"its forward calls a {type(m).__name__} that it does not hold; make it an attribute in __init__"
+            )
         if type(m).__name__ == "Rearrange" and package(type(m).__module__) == "einops":
             moved = self.create_proxy("call_function", self.rearrange, (*args, m.pattern), m.axes_lengths)
             moved.node.meta["is_wrapped"] = True  # fx's, for pickle: not to be followed inside
@@ -206,14 +216,17 @@ class _Tracer(fx.Tracer):
             self.evaluating = True
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    node.meta["value"] = self._evaluate(node)
+                    try:
+                        node.meta["value"] = self._evaluate(node)
+                    except RuntimeError:  # a tensor that the code makes has values, the rest are on meta
+                        node.meta["value"] = self._evaluate(node, on_meta=True)
             except Exception as error:
                 node.meta["error"] = f"{type(error).__name__}: {error}"
             finally:
                 self.evaluating = False
         return node
 
-    def _evaluate(self, node: fx.Node) -> Any:
+    def _evaluate(self, node: fx.Node, on_meta: bool = False) -> Any:
         assert self.shadow is not None
         assert self.inputs is not None
         if node.op == "placeholder":
@@ -226,7 +239,12 @@ class _Tracer(fx.Tracer):
                 return attribute(self.shadow, node)
             except AttributeError:  # a tensor that the code made and fx keeps as a constant
                 return attribute(self.root, node).to("meta")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+
+        def value(n: fx.Node) -> Any:
+            value = n.meta["value"]
+            return value.to("meta") if on_meta and isinstance(value, Tensor) else value
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
         if node.op == "call_module":
             return self.shadow.get_submodule(str(node.target))(*args, **kwargs)
         if node.op == "call_method":
@@ -738,7 +756,11 @@ def guess_example(model: nn.Module) -> Tensor | None:
         size = (first.in_features,)
     elif isinstance(first, _ConvNd):
         spatial = len(first.kernel_size)
-        size = (first.in_channels, *[{1: 1024, 2: 224, 3: 32}[spatial]] * spatial)
+        positions = {1: 1024, 2: 224, 3: 32}[spatial]
+        if first.transposed:  # it starts from a code: of one position, if its own kernel spreads it
+            spreads = first.padding in ((0,) * spatial, "valid") and set(first.stride) == {1}
+            positions = 1 if spreads else 8
+        size = (first.in_channels, *[positions] * spatial)
     else:
         return None
     return torch.empty(1, *size, device="meta", dtype=None if first is None else first.weight.dtype)
