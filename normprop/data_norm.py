@@ -104,7 +104,8 @@ class GlobalDataNorm(nn.Module):
             x = first_tensor(batch)
             if x.ndim < 2 or 0 in x.shape[1:]:
                 raise ValueError(
-                    f"batch {index} has shape {tuple(x.shape)}, expected (batch, features, ...)"
+                    f"batch {index} has shape {tuple(x.shape)} (its first tensor, if it is several), expected "
+                    "(batch, features, ...)"
                 )
             if x.is_complex():
                 raise TypeError(f"batch {index} is {x.dtype}, expected real numbers")

@@ -72,7 +72,8 @@ def attach_projection(
     step's time on a CPU (docs/method.md, section 7).
 
     Args:
-        optimizer: Any torch optimizer.
+        optimizer: Any torch optimizer; of one that steps another (SAM), the inner one, whose ``step`` is called.
+            Before Opacus or accelerate wrap it.
         model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
             of about 100, 0.02 if orthogonal (experiments/LOG.md), and ``sqrt(batch / 100)`` times that
@@ -326,7 +327,8 @@ def _check_owned(layer: nn.Module, name: str = "") -> None:
     if "weight" not in layer._parameters:
         raise ValueError(
             f"the weight of '{name or type(layer).__name__}' is parametrized or pruned, so that it cannot be put "
-            "back on the sphere; remove that first (remove_parametrizations, prune.remove)"
+            "back on the sphere; remove that first (remove_parametrizations, prune.remove; what is to stay pruned is "
+            "pruned after normprop.fold, for centred rows keep no zeros)"
         )
 
 

@@ -76,7 +76,7 @@ def _rows(weight: Tensor, geometry: Geometry) -> _Rows:
         lie = (groups, 1, units, *[1] * (view.ndim - 3))
         return _Rows(view, fan_in_dims(view, True), fan_in, lie, parts(view))
     shape = view.shape
-    lie = (-1, *[1] * (len(shape) - 1))
+    lie = (shape[0], *[1] * (len(shape) - 1))
     return _Rows(view, tuple(range(1, len(shape))), math.prod(shape[1:]), lie, parts(view))
 
 
@@ -198,6 +198,9 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     The compiler takes no ``apply`` of :class:`_Positional` arguments without a gradient.
     """
     plain = in_forward_mode() or (torch.jit.is_tracing() and not torch.compiler.is_compiling())
+    plain = (
+        plain or torch.is_inference_mode_enabled()
+    )  # whose tensors nothing may keep, whatever enable_grad says
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     return function.apply(*args) if wanted and not plain else function.forward(*args)  # type: ignore[no-untyped-call]
 

@@ -904,3 +904,17 @@ def test_a_model_without_values_is_refused():
         ValueError, match=r"'0.weight' has no values \(device meta\): load the weights first"
     ):
         fold(model)
+
+
+def test_a_global_pool_folds_without_a_pass_over_its_map():
+    model = nn.Sequential(
+        normprop.NormPropConv2d(3, 4, 3),
+        normprop.NormalizedAdaptiveAvgPool2d(1, correlation=0.1),
+        nn.Flatten(),
+        normprop.NormPropLinear(4, 2, activation=None),
+    )
+    folded = fold(model, verify=torch.randn(2, 3, 9, 9))
+    sized = [node.args[0].op for node in folded.graph.nodes if node.target is getattr]
+    assert sized == ["call_module"] * 2  # the threshold's own map, not that map times a constant
+    x = torch.randn(2, 3, 12, 7)
+    torch.testing.assert_close(folded(x), model(x))

@@ -254,3 +254,22 @@ def test_batched_gradients(kind):
     for index, own in enumerate(together[0]):
         expected = torch.autograd.grad(y[index], layer.weight, retain_graph=True)[0]
         torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED], ids=["plain", "centered"])
+def test_gradients_switched_on_in_inference_mode(rule):
+    layer, x = normprop.NormPropLinear(8, 3, rule=rule), torch.randn(2, 8)
+    with torch.inference_mode(), torch.enable_grad():  # torch's layers take it, and give no gradient
+        y = layer(x)
+    torch.testing.assert_close(y.clone(), layer(x).detach())
+
+
+def test_per_sample_gradients_of_no_sample():
+    layer = normprop.NormPropLinear(8, 3)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(layer, parameters, (x,)).sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, torch.randn(0, 8))
+    assert grads["weight"].shape == (0, 3, 8)

@@ -615,6 +615,18 @@ def test_constants_are_no_maps():
     assert [record.op for record in predict(model, randn(9, 8))] == ["input", "mul"]
 
 
+@pytest.mark.parametrize("rule", [normprop.PAPER, normprop.RECOMMENDED], ids=["plain", "centered"])
+@pytest.mark.parametrize(("kernel", "stride", "groups"), [(4, 2, 1), (2, 2, 1), (3, 2, 1), (4, 2, 4)])
+def test_a_transposed_convolution_reads_a_mean_by_phases(rule, kernel, stride, groups):
+    torch.manual_seed(0)
+    layer = normprop.NormPropConvTranspose2d(
+        32, 16, kernel, stride, kernel // 2 - 1, groups=groups, activation=None, rule=rule
+    )
+    trace = normprop.measure(nn.Sequential(nn.ReLU(), layer), torch.randn(128, 32, 16, 16))
+    assert trace.predicted[-1].std == pytest.approx(trace[-1].std, rel=0.03)
+    assert trace.predicted[-1].mean == pytest.approx(trace[-1].mean, abs=0.03)
+
+
 @pytest.mark.parametrize(("size", "stride", "padding"), [(1, 1, 0), (2, 2, 1), (3, 1, 2), (20, 2, 1)])
 def test_transposed_convolutions_of_small_maps(size, stride, padding):
     torch.manual_seed(0)

@@ -198,6 +198,8 @@ def convert(
         raise ValueError(
             f"model is wrapped in {kind}: convert model.{tracing.WRAPPERS[kind]}, then wrap the result"
         )
+    if tracing.is_sharded(model):
+        raise ValueError("model is sharded (FSDP2): convert it first, then call fully_shard on the result")
     for name, module in model.named_modules():
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise ValueError(

@@ -296,6 +296,10 @@ class _Folder:
         if isinstance(module, pools.AdaptiveMaxPool):
             return self.adaptive_max_pool(node, module)
         held = [self.values[n] for n in tensor_inputs(node)]
+        if key(node) in ("size", "getattr", "dim") and not isinstance(node.meta.get("value"), Tensor):
+            return _Value(
+                self.graph.node_copy(node, lambda n: self.values[n].node)
+            )  # the raw map has the same
         if all(value.plain for value in held) and key(node) not in ("add", "sub", "mul", "div", "rsub"):
             return self.copied(node, module)
         return self.waiting(node, module) or self.copied(node, module)

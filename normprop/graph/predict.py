@@ -506,9 +506,11 @@ class Walk:
             energy = taps.inside if uneven is None else taps.read(uneven)
             inside, kept = float(taps.inside.mean()), float(energy.mean())
         mean = signal.mean * inside * total + (0.0 if bias is None else bias)
-        # Where the padding's zeros stand, the mean is missing too.
-        missing = max(inside * (1 - inside), 0.0) * signal.mean**2 * (not transposed)
-        std = length * math.sqrt(kept * signal.var + missing)
+        if transposed:  # an output position reads one of the stride's phases: their sums make its mean
+            missing = _phase_sums(rows, layer.stride).var(0, correction=0) * signal.mean**2
+        else:  # where the padding's zeros stand, the mean is missing too
+            missing = length.square() * max(inside * (1 - inside), 0.0) * signal.mean**2
+        std = (length.square() * kept * signal.var + missing).sqrt()
         self._set_channels(node, mean, std, finish)
         fan_in = rows.numel() // max(1, len(length))
         z, small = Signal.gaussian(), 0 < fan_in <= SMALL_FAN_IN
@@ -872,6 +874,20 @@ def _is_number(value: Any) -> bool:
 def path_of(node: fx.Node) -> str:
     """The module that the node calls, or the one in whose forward it is written."""
     return str(node.target) if node.op == "call_module" else reading.owner(node)
+
+
+def _phase_sums(rows: Tensor, stride: Sequence[int]) -> Tensor:
+    """Sums of a transposed convolution's taps that meet in one output position: shape (phases, channels).
+
+    Args:
+        rows: Shape (groups, in, out, *kernel), see :func:`normprop.functional.row_view`.
+        stride: One a spatial dim.
+    """
+    parts = [rows.sum(1)]
+    for axis, step in enumerate(stride):
+        before = (slice(None),) * (2 + axis)
+        parts = [part[(*before, slice(first, None, step))] for part in parts for first in range(step)]
+    return torch.stack([part.flatten(2).sum(2).flatten() for part in parts])
 
 
 def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:

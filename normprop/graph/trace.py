@@ -270,6 +270,11 @@ def as_inputs(example: Any, name: str = "example") -> tuple[Tensor, ...]:
     return inputs
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on it or on a part of it."""
+    return any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__)
+
+
 def check_unwrapped(model: nn.Module) -> None:
     """Raises TraceError for TorchScript, and for a model that is wrapped for several devices or compiled."""
     kind = type(model).__name__
@@ -277,6 +282,10 @@ def check_unwrapped(model: nn.Module) -> None:
         raise TraceError("torch.fx cannot follow TorchScript: pass the Python model that it was made from")
     if kind in WRAPPERS:
         raise TraceError(f"model is wrapped in {kind}: pass model.{WRAPPERS[kind]}")
+    if is_sharded(model):
+        raise TraceError(
+            "model is sharded (FSDP2): load its full state dict into a model of your own and pass that"
+        )
 
 
 def trace(
