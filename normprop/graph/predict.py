@@ -68,9 +68,9 @@ SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed,
 def predict(model: nn.Module, example: Any) -> SignalTrace:
     """The signal through ``model`` by formula: no data, no training step.
 
-    The graph's inputs are taken as N(0, 1). A weight layer's rows are taken as unrelated to what it
-    reads: exact on average over random weights, an approximation after training, which
-    :func:`normprop.measure` checks.
+    The graph's inputs are taken as N(0, 1), or what constants make of them in code: ``(x / 255 - mean) / std``.
+    A weight layer's rows are taken as unrelated to what it reads: exact on average over random weights, an
+    approximation after training, which :func:`normprop.measure` checks.
 
     Args:
         model: Any model; it is not changed.
