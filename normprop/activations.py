@@ -390,18 +390,19 @@ def plain_module(module: nn.Module) -> nn.Module:
         ) from error
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anything is called with the module's input, output or gradients."""
+    return any(getattr(module, name) for name in HOOKS)
+
+
 def negative_slope(module: nn.Module) -> float | None:
     """a, if the module is ``z if z > 0 else a*z`` with a constant a in [0, 1] and nobody watches it; else None."""
     row = BY_MODULE.get(type(module))
-    if row is None or row.negative_slope is None:
+    if row is None or row.negative_slope is None or hooked(module):  # then it is called
         return None
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return None  # it is called
     return row.negative_slope(*(getattr(module, name) for name in row.parameters))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, distributed as dist, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from normprop import activations
 from normprop.functional import RECOMMENDED, NormRule, check_rule
 from normprop.graph import reading, trace as tracing
 from normprop.graph.reading import TraceError
@@ -442,7 +443,7 @@ class Converter:
         with torch.random.fork_rng(devices=[]):  # code that draws numbers must not change the caller's
             result = self.convert_part(self.twin, "", example)
         for name, module in self.source.named_modules():
-            if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
+            if activations.hooked(module):
                 self._note_hook(name, result)
         return result
 

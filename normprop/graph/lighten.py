@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from normprop import merges, modules
+from normprop import activations, merges, modules
 from normprop.graph import reading, trace as tracing
 from normprop.graph.reading import TraceError, tensor_inputs
 from normprop.graph.trace import place
@@ -76,7 +76,7 @@ def lighten(model: nn.Module, example: Any = None) -> fx.GraphModule:
     result = graphs[True]
     called = {str(node.target) for node in result.graph.nodes if node.op == "call_module"}
     for name, module in model.named_modules():
-        if _hooked(module) and name not in called:
+        if activations.hooked(module) and name not in called:
             raise ValueError(
                 f"a graph would lose the hook on '{name or 'model'}': lighten, then register it"
             )
@@ -106,11 +106,6 @@ def lighten_(
     return _Lighter(graph_module, made, decide).run()
 
 
-def _hooked(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
-
-
 class _Lighter:
     def __init__(
         self,
@@ -120,7 +115,9 @@ class _Lighter:
     ) -> None:
         self.decide = decide
         self.graph_module, self.graph = graph_module, graph_module.graph
-        self.made = {id(m) for m in made if type(m).__module__ in reading.OURS and not _hooked(m)}
+        self.made = {
+            id(m) for m in made if type(m).__module__ in reading.OURS and not activations.hooked(m)
+        }
         # What code reads beside calling it: layer.bias.
         self.read = {str(n.target).rpartition(".")[0] for n in self.graph.nodes if n.op == "get_attr"}
         self.modules = {
@@ -215,7 +212,7 @@ class _Lighter:
             return None
         (after,) = node.users
         phi = reading.activation_of(after, self.modules.get(after))
-        if type(phi) is not nn.ReLU or (after in self.modules and _hooked(self.modules[after])):
+        if type(phi) is not nn.ReLU or (after in self.modules and activations.hooked(self.modules[after])):
             return None
         return after
 

@@ -259,7 +259,7 @@ class Rewriter:
         """Take in the activation behind the chain's end."""
         inside = getattr(self.module(chain.norm), "act", None) if chain.norm is not None else None
         if inside is not None and not isinstance(inside, nn.Identity):
-            chain.activation = _out_of_place(inside)
+            chain.activation = _own_copy(inside)
             return
         user = _only_user(chain.end)
         if user is None or user in gates:
@@ -268,7 +268,7 @@ class Rewriter:
         if activation is None or isinstance(activation, nn.Identity):
             return
         try:
-            chain.activation = activations.as_module(_out_of_place(activation))
+            chain.activation = activations.as_module(_own_copy(activation))
             chain.act = user
         except (ValueError, TypeError):
             return
@@ -746,7 +746,7 @@ class Rewriter:
         if std == 1.0:
             ends[1] = self.ready(ends[1])
         assert phi is not None
-        gate = merges.NormalizedGate(_out_of_place(phi), std=std)
+        gate = merges.NormalizedGate(_own_copy(phi), std=std)
         source = f"{activations.name_of(phi)} -> mul"
         return self.replace(node, self.install(node, "gate", gate, source), tuple(ends))
 
@@ -841,10 +841,10 @@ class Rewriter:
             module = self.module(node)
             phi = getattr(module, "activation", None)
             if isinstance(phi, nn.Module) and reading.is_normprop(module):
-                return _out_of_place(phi)
+                return _own_copy(phi)
             found = reading.activation_of(node, module)
             if found is not None:
-                return _out_of_place(found)
+                return _own_copy(found)
             inputs = tensor_inputs(node)
             if not inputs or reading.is_normprop(module):
                 return None
@@ -904,20 +904,20 @@ def _is_bounded(activation: nn.Module | None) -> bool:
     if activation is None or activations.is_learned(activation):
         return False
     with torch.no_grad():
-        return bool(_out_of_place(activation)(torch.tensor([-50.0, 50.0])).abs().max() < 10)
+        return bool(_own_copy(activation)(torch.tensor([-50.0, 50.0])).abs().max() < 10)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _out_of_place(activation: nn.Module) -> nn.Module:
+def _own_copy(activation: nn.Module) -> nn.Module:
     """The activation for a layer of its own: learned slopes shared, nothing written in place, no hooks."""
     if activations.is_learned(activation):
         return activation
     activation = copy.deepcopy(activation)
-    for hooks in (activation._forward_hooks, activation._forward_pre_hooks, activation._backward_hooks):
-        hooks.clear()  # they are listed as lost
+    for name in activations.HOOKS:
+        getattr(activation, name).clear()  # they are listed as lost
     return activations.out_of_place(activation)
 
 
