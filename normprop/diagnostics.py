@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from normprop import functional
 from normprop.data_norm import first_tensor
-from normprop.graph import reading, trace as tracing
+from normprop.graph import inplace, reading, trace as tracing
 from normprop.graph.predict import effective, in_whole, path_of, walk
 from normprop.modules import check_model
 from normprop.records import Record, SignalTrace
@@ -168,8 +168,9 @@ class _Run(fx.Interpreter):
         with _refusal_told(self.inputs):
             value = super().run_node(n)
         if n.op not in ("output", "get_attr") and isinstance(value, Tensor) and value.is_floating_point():
-            if any(value is self.env.get(source) for source in n.all_input_nodes):
-                value = value.view_as(value)  # nn.Identity's output has a gradient of its own
+            same = any(value is self.env.get(source) for source in n.all_input_nodes)
+            if same and not inplace.writes_in_place(self.graph_module, n):
+                value = value.clone()  # nn.Identity's output has a gradient of its own
             if not value.requires_grad:  # the input, or made of parameters alone; a clone may be written to
                 value = value.detach().requires_grad_().clone()
             self._record(n, value)

@@ -117,9 +117,17 @@ def test_constant_features_become_0(value, batch):
 REFUSALS = [
     ([], {}, "no data: expected at least one batch with at least one sample"),
     (IMAGES[:0], {}, "no data"),
-    (torch.randn(5, 0), {}, "batch 0 has shape (5, 0), expected (batch, features, ...)"),
-    (torch.randn(5), {}, "batch 0 has shape (5,), expected (batch, features, ...)"),
-    ([IMAGES, torch.randn(4)], {}, "batch 1 has shape (4,), expected (batch, features, ...)"),
+    (
+        torch.randn(5, 0),
+        {},
+        "batch 0 has shape (5, 0) (its first tensor, if it is several), expected (batch",
+    ),
+    (torch.randn(5), {}, "batch 0 has shape (5,) (its first tensor, if it is several), expected (batch"),
+    (
+        [IMAGES, torch.randn(4)],
+        {},
+        "batch 1 has shape (4,) (its first tensor, if it is several), expected (batch",
+    ),
     ([IMAGES, IMAGES * float("nan")], {}, "batch 1 holds NaN or infinite values"),
     ([IMAGES / 0], {}, "batch 0 holds NaN or infinite values"),
     ([IMAGES, IMAGES[..., :3]], {}, "cannot merge statistics of shape (3, 4, 3) into (3, 4, 5)"),

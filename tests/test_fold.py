@@ -457,15 +457,13 @@ def test_verify_knows_the_models_own_rounding(monkeypatch):
         fold(net, verify=x)
 
 
-def test_every_output_keeps_its_own_limit(monkeypatch):
+def test_an_output_that_is_cast_has_the_limit_of_what_computed_it():
     def two(self, x):
         return self.layer(x), self.layer(x).double()
 
     net, x = Code(two, layer=conv(3)).float(), randn(2, 3, 9, 9).float()
     fold(net.double(), verify=x.double())
-    monkeypatch.setattr(folding, "_LIMITS", {torch.float32: 1e-4, torch.float64: 0.0})
-    with pytest.raises(FoldError, match=r"limit 0e\+00"):
-        fold(net.float(), verify=x)  # rounding of float32, seen in a float64 output
+    fold(net.float(), verify=x)
 
 
 def test_not_a_module():
@@ -858,18 +856,6 @@ def test_a_sample_without_batch_through_an_adaptive_max_pool():
     model = nn.Sequential(normprop.NormPropConv2d(3, 4, 3), normprop.NormalizedAdaptiveMaxPool2d((2, None)))
     x = torch.randn(3, 9, 8)
     torch.testing.assert_close(fold(model, verify=x)(x), model(x))
-
-
-def test_outputs_that_are_cast_to_more_digits():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = normprop.NormPropLinear(8, 4)
-
-        def forward(self, x):
-            return self.layer(x).double()
-
-    assert fold(Net(), verify=torch.randn(3, 8))(torch.randn(3, 8)).dtype == torch.float64
 
 
 class Drawing(nn.Module):

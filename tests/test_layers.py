@@ -718,15 +718,19 @@ def test_rules():
                 3, 2, 4, stride=2, activation=None, rule=NormRule(True)
             ),
             "NormPropConvTranspose1d(3, 2, kernel_size=(4,), stride=(2,), activation=None, "
-            "rule=NormRule(centered=True, constants='standard', gain='jacobian'))",
+            "rule=NormRule(centered=True))",
         ),
         (lambda: normprop.NormalizedActivation(F.silu, 8), "NormalizedActivation(silu, 8, rule=PAPER)"),
+        (
+            lambda: normprop.NormalizedActivation("relu", rule=normprop.RECOMMENDED),
+            "NormalizedActivation(relu, rule=RECOMMENDED)",
+        ),
         (
             lambda: normprop.NormalizedActivation(lambda u: u.sin()),
             "NormalizedActivation(<lambda>, rule=PAPER)",
         ),
     ],
-    ids=["linear", "transposed", "activation", "lambda"],
+    ids=["linear", "transposed", "activation", "recommended", "lambda"],
 )
 def test_repr_tells(layer, text):
     assert repr(layer()) == text

@@ -152,10 +152,14 @@ def is_data(graph_module: nn.Module, node: fx.Node) -> bool:
     """Whether a node holds the model's input: as it is, moved, or behind arithmetic, ``(x / 255 - mean) / std``."""
     if node.op == "placeholder" or isinstance(module_of(graph_module, node), DATA_NORMS):
         return True
-    if moves(graph_module, node) or key(node) in ("add", "sub", "rsub", "mul", "div"):
-        data = [n for n in tensor_inputs(node) if not is_constant(graph_module, n)]
-        return len(data) == 1 and is_data(graph_module, data[0])
-    return False
+    if moves(graph_module, node):
+        return is_data(graph_module, tensor_inputs(node)[0])
+    read = [n for n in tensor_inputs(node) if not is_constant(graph_module, n)]
+    return (
+        key(node) in ("add", "sub", "rsub", "mul", "div")
+        and len(read) == 1
+        and is_data(graph_module, read[0])
+    )
 
 
 def is_constant(graph_module: nn.Module, node: fx.Node) -> bool:
