@@ -1,7 +1,6 @@
 """``fold``: the folded model against the model, and nothing of ours in it."""
 
 import copy
-import importlib
 import io
 import pickle
 
@@ -877,9 +876,8 @@ def test_a_model_that_draws_numbers_is_verified_with_the_same(dtype):
 
 @torch.no_grad()
 def test_noise_is_no_excuse_for_a_wrong_fold(monkeypatch):
-    module = importlib.import_module("normprop.graph.fold")
-    monkeypatch.setattr(module, "_folded", lambda model, *_: nn.Identity())
-    with pytest.raises(module.FoldError, match="the folded model differs"):
+    monkeypatch.setattr(folding, "_folded", lambda model, *_: nn.Identity())
+    with pytest.raises(FoldError, match="the folded model differs"):
         fold(Drawing(), verify=torch.randn(4, 8))
 
 
