@@ -605,7 +605,7 @@ class Rewriter:
                 elif node in joins:
                     node = self.rewrite_join(node, joins[node])
                 elif key(node) == "cat" and isinstance(argument(node, 0, "tensors"), (list, tuple)):
-                    for part in set(tensor_inputs(node)):
+                    for part in dict.fromkeys(tensor_inputs(node)):
                         node.replace_input_with(part, self.ready(part))
                 elif type(self.module(node)) is nn.Dropout and self.feeds_hidden(node, chains):
                     node = self.rewrite_dropout(node)
