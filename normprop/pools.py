@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from normprop import activations, gaussian
 from normprop.activations import ActivationLike
-from normprop.functional import Size
+from normprop.functional import Size, is_plain
 from normprop.merges import Declared, Shapes, standardize
 from normprop.signal import Signal, gaussian_nodes
 
@@ -78,10 +78,17 @@ def _pool_counts(
     ceil_mode: bool,
 ) -> Tensor:
     """Elements in each window of a pool, shape of one output map."""
+    kernel, padding = per_axis(kernel, spatial), per_axis(padding, spatial)
+    stride, dilation = per_axis(stride, spatial), per_axis(dilation, spatial)
+    if not ceil_mode and all(d == 1 for d in dilation):  # what an average divides by, of ones
+        plain = x.new_ones([1, 1, *(x.shape[axis - spatial] for axis in range(spatial))])
+        ones = torch.ones_like(plain, dtype=torch.float32) * plain  # float64 stays float64
+        if spatial == 1:  # torch.export fixes the length that pools in 1d see
+            ones, kernel, stride, padding = ones.unsqueeze(2), (1, *kernel), (1, *stride), (0, *padding)
+        counts: Tensor = _AVG_POOL[len(kernel) - 1](ones, kernel, stride, padding, False, True)  # type: ignore
+        return (counts * math.prod(kernel)).flatten(0, -1 - spatial)[0]
     lines = []
-    axes = zip(*(per_axis(value, spatial) for value in (kernel, stride, padding, dilation)), strict=True)
-    for axis, (k, s, p, d) in enumerate(axes):
-        # torch.export fixes the length that F.max_pool1d sees; in 2d it does not.
+    for axis, (k, s, p, d) in enumerate(zip(kernel, stride, padding, dilation, strict=True)):
         window = partial(
             F.max_pool2d,
             kernel_size=(1, k),
@@ -108,6 +115,32 @@ def _adaptive_counts(x: Tensor, spatial: int, output_size: int | Sequence[int | 
             ones = ((ends - 0.5) / size).ceil() - ((ends - ones.sum() + 0.5) / size).floor()
         lines.append(ones)
     return _outer(lines)
+
+
+def _by_shape(make: Callable[..., Any], x: Tensor, spatial: int, *arguments: Any) -> Any:
+    """``make(x, spatial, *arguments)``, which only looks at x's shape, dtype and device: made once for each.
+
+    Dozens of operations on small tensors, which a small map takes less time than. Where code is traced or
+    transformed they are made anew, so that a graph serves other sizes.
+    """
+    capturing = isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if capturing or not is_plain(x):
+        return make(x, spatial, *arguments)
+    arguments = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
+    return _made(make, spatial, x.shape[-spatial:], x.dtype, x.device, *arguments)
+
+
+@lru_cache(maxsize=64)
+def _made(
+    make: Callable[..., Any],
+    spatial: int,
+    sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *arguments: Any,
+) -> Any:
+    with torch.inference_mode(False), torch.no_grad():
+        return make(torch.empty((1, 1, *sizes), dtype=dtype, device=device), spatial, *arguments)
 
 
 def _elements(x: Tensor, spatial: int) -> Any:
@@ -194,7 +227,7 @@ def normalized_avg_pool(
     y: Tensor = _AVG_POOL[spatial - 1](x, kernel_size, stride, padding, ceil_mode, False)  # type: ignore
     if not ceil_mode and not any(per_axis(padding, spatial)):
         return y * _scale(1 / math.prod(per_axis(kernel_size, spatial)), correlation)
-    counts = _pool_counts(x, spatial, kernel_size, stride, padding, 1, ceil_mode)
+    counts = _by_shape(_pool_counts, x, spatial, kernel_size, stride, padding, 1, ceil_mode)
     return y * _scale(1 / counts, correlation).to(y.dtype)
 
 
@@ -214,7 +247,7 @@ def normalized_adaptive_avg_pool(
     y: Tensor = _ADAPTIVE_AVG_POOL[spatial - 1](x, output_size)  # type: ignore
     if all(size == 1 for size in per_axis(output_size, spatial)):
         return y * _scale(1 / _elements(x, spatial), correlation)
-    return y * _scale(1 / _adaptive_counts(x, spatial, output_size), correlation).to(y.dtype)
+    return y * _scale(1 / _by_shape(_adaptive_counts, x, spatial, output_size), correlation).to(y.dtype)
 
 
 def normalized_upsample(
@@ -253,9 +286,7 @@ def normalized_upsample(
     y = F.interpolate(x, size, scale_factor, mode, align_corners)
     if spatial == 0:
         return y
-    shares = _upsample_shares(
-        [_ones(x, axis, spatial) for axis in range(spatial)], size, scale_factor, mode, align_corners
-    )
+    shares = _by_shape(_upsample_shares, x, spatial, size, scale_factor, mode, align_corners)
     return y * _scale(shares, correlation).to(y.dtype)
 
 
@@ -268,16 +299,19 @@ def _upsampled_dims(mode: str) -> int:
 
 
 def _upsample_shares(
-    lines: Sequence[Tensor],
+    x: Tensor,
+    spatial: int,
     size: Size | None,
     scale_factor: float | tuple[float, ...] | None,
     mode: str,
     align_corners: bool | None,
 ) -> Tensor:
-    """Sum of squared weights into each output position, shape of one output map; lines: ones, an axis each."""
-    sizes, factors = per_axis(size, len(lines)), per_axis(scale_factor, len(lines))
+    """Sum of squared weights into each output position, shape of one output map."""
     shares = []
-    for ones, out, factor in zip(lines, sizes, factors, strict=True):
+    for axis, (out, factor) in enumerate(
+        zip(per_axis(size, spatial), per_axis(scale_factor, spatial), strict=True)
+    ):
+        ones = _ones(x, axis, spatial)
         # An output reads at most four neighbours: each is on a comb of its own, so that four combs
         # show all weights.
         tooth = ones.cumsum(0).remainder(4)
@@ -477,8 +511,7 @@ class NormalizedUpsample(nn.Upsample):
         if shapes is None and self.size is None:
             shapes = ((64,) * spatial,)  # enough periods for the mean
         x = _map_like(self, shapes, spatial)
-        lines = [_ones(x, axis, spatial) for axis in range(spatial)]
-        shares = _upsample_shares(lines, self.size, self.scale_factor, self.mode, self.align_corners)
+        shares = _upsample_shares(x, spatial, self.size, self.scale_factor, self.mode, self.align_corners)
         return _declare_average(signal, shares, self.correlation)
 
     def extra_repr(self) -> str:
@@ -584,12 +617,19 @@ def _table(values: tuple[float, ...], like: Tensor) -> Tensor:
     return like.new_tensor(values) if isinstance(like, fx.Proxy) else gaussian._constant(values, like)
 
 
-def _standardize_by_count(y: Tensor, counts: Tensor, table: tuple[tuple[float, float], ...]) -> Tensor:
-    """``(y - mean) / std`` with the constants of each window's count."""
-    index = counts.round().long()
-    scale = _table(tuple(1 / std for _, std in table), counts)[index].to(y.dtype)
-    shift = _table(tuple(-mean / std for mean, std in table), counts)[index].to(y.dtype)
-    return torch.addcmul(shift, y, scale)
+def _by_count(
+    x: Tensor,
+    spatial: int,
+    counts: Callable[..., Tensor],
+    table: tuple[tuple[float, float], ...],
+    *arguments: Any,
+) -> tuple[Tensor, Tensor]:
+    """``1/std`` and ``-mean/std`` of each window's count, which ``counts`` finds; in x's dtype."""
+    found = counts(x, spatial, *arguments)
+    index = found.round().long()
+    scale = _table(tuple(1 / std for _, std in table), found)[index]
+    shift = _table(tuple(-mean / std for mean, std in table), found)[index]
+    return scale.to(x.dtype), shift.to(x.dtype)
 
 
 def _axis_products(axes: Sequence[Sequence[int]]) -> tuple[int, ...]:
@@ -641,8 +681,9 @@ def normalized_max_pool(
     y: Tensor = _MAX_POOL[spatial - 1](x, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore
     if not bordered:
         return standardize(y, *table[-1])
-    counts = _pool_counts(x, spatial, kernel_size, stride, padding, dilation, ceil_mode)
-    return _standardize_by_count(y, counts, table)
+    windows = kernel_size, stride, padding, dilation, ceil_mode
+    scale, shift = _by_shape(_by_count, x, spatial, _pool_counts, table, *windows)
+    return torch.addcmul(shift, y, scale)
 
 
 def _pool_table(
@@ -689,7 +730,8 @@ def normalized_adaptive_max_pool(
     y: Tensor = _ADAPTIVE_MAX_POOL[spatial - 1](x, output_size)  # type: ignore
     if len(counts) == 1:
         return standardize(y, *table[-1])
-    return _standardize_by_count(y, _adaptive_counts(x, spatial, output_size), table)
+    scale, shift = _by_shape(_by_count, x, spatial, _adaptive_counts, table, output_size)
+    return torch.addcmul(shift, y, scale)
 
 
 def _adaptive_products(shape: Sequence[int], output_size: Sequence[int | None]) -> tuple[int, ...]:

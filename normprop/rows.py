@@ -117,13 +117,9 @@ def parts(values: Tensor) -> list[slice]:
     On a CPU fresh memory is slower than arithmetic: of what several passes over a part make, none leaves the
     cache. Where the work is traced, transformed or to be differentiated nothing may be written in place.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not is_plain(values):
         return []
     if values.device.type != "cpu" or values.numel() <= PART or len(values) == 1:
-        return []
-    if type(values) not in (Tensor, nn.Parameter) or in_forward_mode():
-        return []
-    if torch._C._functorch.peek_interpreter_stack() or torch._C._len_torch_dispatch_stack():
         return []
     step = max(1, PART // values[0].numel())
     return [slice(first, first + step) for first in range(0, len(values), step)]
@@ -190,6 +186,14 @@ class _Bound(NamedTuple):
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are taken (``torch.func.jvp``): forward is then plain torch."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+
+
+def is_plain(x: Any) -> bool:
+    """Whether it is a tensor of torch's own kind, and nothing is traced, compiled or transformed."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+        return False
+    transformed = torch._C._functorch.peek_interpreter_stack() or torch._C._len_torch_dispatch_stack()
+    return not (transformed or in_forward_mode())
 
 
 def call(function: type[torch.autograd.Function], *args: Any) -> Any:
