@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,23 +29,20 @@ _UNIT_EDGES = (-27.0, -9.0, -3.0, -1.0, 0.0, 1.0, 3.0, 9.0, 27.0)
 _NODES, _WEIGHTS = (tuple(a.tolist()) for a in np.polynomial.legendre.leggauss(20))
 
 
-_ON_DEVICE: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
-
-
 def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
     """``values`` on the device and in the dtype of ``like``, sent there once: a transfer waits for the GPU."""
     if torch.compiler.is_compiling():
         return torch.tensor(values, dtype=like.dtype, device=like.device)
-    key = (values, like.dtype, like.device)
-    found = _ON_DEVICE.get(key)
-    if found is None:
-        with torch.inference_mode(False):
-            found = torch.tensor(values, dtype=like.dtype, device=like.device)
-        if type(found) is Tensor:  # not a fake one, of a tracer
-            if len(_ON_DEVICE) >= 256:  # of pools that have met as many sizes
-                _ON_DEVICE.clear()
-            _ON_DEVICE[key] = found
-    return found
+    # What is made in a transform, or of fake tensors, must not outlive it.
+    passing = torch._C._functorch.peek_interpreter_stack() or torch._C._len_torch_dispatch_stack()
+    make = _kept.__wrapped__ if passing else _kept
+    return make(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def cdf(r: Tensor) -> Tensor:

@@ -769,3 +769,51 @@ def test_what_others_read_is_not_overwritten(phi):
     assert torch.equal(x, before[0])
     assert torch.equal(z, before[1])
     assert phi.inplace  # the caller's own is as it was
+
+
+@pytest.mark.parametrize("first", ["inference", "fake", "vmap", "grad", "compiled"])
+def test_what_pools_keep_for_a_size_is_plain(first):
+    """Whoever meets a size first, windows' counts serve all who come after."""
+    pools._made.cache_clear()
+    pool, x = NormalizedMaxPool2d(3, 2, 1), torch.randn(2, 3, 9, 7)
+    if first == "inference":
+        with torch.inference_mode():
+            pool(x)
+    elif first == "fake":
+        with torch._subclasses.FakeTensorMode() as mode:
+            pool(mode.from_tensor(x))
+    elif first == "vmap":
+        torch.func.vmap(pool)(x)
+    elif first == "grad":
+        torch.func.grad(lambda x: pool(x).sum())(x)
+    else:
+        torch.compile(pool, backend="eager", fullgraph=True)(x)
+    x.requires_grad_()
+    kept = pool(x)
+    kept.sum().backward()
+    assert type(kept) is torch.Tensor
+    pools._made.cache_clear()
+    torch.testing.assert_close(kept, pool(x))
+    pool(torch.randn(2, 3, 11, 7))
+    assert pools._made.cache_info().currsize == 2
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_windows_hold_what_they_hold(dims, dtype):
+    for kernel, stride, dilation in itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 2)):
+        for padding, ceil_mode in itertools.product(range(kernel // 2 + 1), (False, True)):
+            sizes = [7 + axis for axis in range(dims)]
+            if dilation * (kernel - 1) >= 7 + 2 * padding:
+                continue
+            x = torch.zeros(1, 1, *sizes)
+            window = kernel, stride, padding, dilation, ceil_mode
+            shape = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[dims - 1](x, *window).shape[2:]
+            expected = torch.ones(shape, dtype=torch.float64)
+            for index in itertools.product(*map(range, shape)):
+                for place, size in zip(index, sizes, strict=True):
+                    taps = (place * stride - padding + dilation * tap for tap in range(kernel))
+                    expected[index] *= sum(0 <= tap < size for tap in taps)
+            counts = pools._pool_counts(x.to(dtype), dims, *window)
+            assert counts.dtype == torch.promote_types(dtype, torch.float32)
+            torch.testing.assert_close(counts.double(), expected, rtol=1e-6, atol=0)
