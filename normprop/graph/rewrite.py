@@ -621,16 +621,18 @@ class Rewriter:
             if new not in self.flow.values:  # given up when all who read it then had done so
                 self.flow.visit(new)
             return new
-        now = self.flow.moments(node)
+        now = self.flow.moments(node) or self.flow.measured.get(node)  # of a tensor that the code makes
         border = self.hidden and node.op == "placeholder"  # the parts before it are not exact
         if now is None or (node.op in ("placeholder", "get_attr") and not border):
             return node
         mean, std = now
-        signal = self.flow.walk.signals[node]
-        assert signal is not None
-        foreseen = max(signal.std, 1e-9)
-        wrong = max(abs(mean - signal.mean), abs(std / foreseen - 1), abs(foreseen / max(std, 1e-9) - 1))
-        far = max(abs(mean), abs(std - 1), wrong)
+        far = max(abs(mean), abs(std - 1))
+        if (signal := self.flow.walk.signals.get(node)) is not None:
+            foreseen = max(signal.std, 1e-9)
+            wrong = max(
+                abs(mean - signal.mean), abs(std / foreseen - 1), abs(foreseen / max(std, 1e-9) - 1)
+            )
+            far = max(far, wrong)
         if not (math.isfinite(mean) and math.isfinite(std)) or std < 1e-6:
             return node
         if self.flow.chance is not None:
