@@ -13,8 +13,8 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -350,11 +350,21 @@ def as_module(phi: ActivationLike) -> nn.Module:
     return row.build() if row else Elementwise(phi)
 
 
+_PLACED: WeakKeyDictionary[nn.Module, dict[Any, nn.Module]] = WeakKeyDictionary()
+
+
 def placed(module: nn.Module, device: Device, dtype: torch.dtype | None) -> nn.Module:
-    """The activation itself, or a copy if what it holds has to be cast or moved: others may use it too."""
+    """The activation itself, or a copy if what it holds has to be cast or moved: others may use it too.
+
+    Layers on one device and of one dtype that are given one activation share its copy.
+    """
     held = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-    moved = [t.to(device, dtype) is not t for t in held]
-    return copy.deepcopy(module).to(device, dtype) if any(moved) else module
+    if all(t.to(device, dtype) is t for t in held):
+        return module
+    copies = _PLACED.setdefault(module, {})
+    if (device, dtype) not in copies:
+        copies[device, dtype] = copy.deepcopy(module).to(device, dtype)
+    return copies[device, dtype]
 
 
 def out_of_place(module: nn.Module) -> nn.Module:
@@ -502,7 +512,7 @@ def moments(
     """
     plain = not (isinstance(mean, Tensor) or isinstance(std, Tensor))
     for label, value in (("mean", mean), ("std", std)):
-        if not isinstance(value, (Tensor, Real)) or (isinstance(value, Tensor) and value.is_complex()):
+        if not hasattr(value, "__float__") or (isinstance(value, Tensor) and value.is_complex()):
             got = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise TypeError(f"{label} must be a real number or a tensor of them, got {got}")
         if not isinstance(value, Tensor) and not math.isfinite(value):

@@ -168,13 +168,21 @@ class _Run(fx.Interpreter):
         with _refusal_told(self.inputs):
             value = super().run_node(n)
         if n.op not in ("output", "get_attr") and isinstance(value, Tensor) and value.is_floating_point():
-            same = any(value is self.env.get(source) for source in n.all_input_nodes)
-            if same and not inplace.writes_in_place(self.graph_module, n):
+            if self.is_its_input(n, value):
                 value = value.clone()  # nn.Identity's output has a gradient of its own
             if not value.requires_grad:  # the input, or made of parameters alone; a clone may be written to
                 value = value.detach().requires_grad_().clone()
             self._record(n, value)
         return value
+
+    def is_its_input(self, node: fx.Node, value: Tensor) -> bool:
+        """Whether a node hands on the very tensor that it got, which nobody may write to."""
+        same = [source for source in node.all_input_nodes if value is self.env.get(source)]
+        readers = (node, *node.users, *(user for source in same for user in source.users))
+        return bool(same) and not any(
+            reader.op == "output" or inplace.writes_in_place(self.graph_module, reader)
+            for reader in readers
+        )
 
     def _record(self, node: fx.Node, value: Tensor) -> None:
         module = reading.module_of(self.graph_module, node)

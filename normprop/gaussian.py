@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ def _constant(values: tuple[float, ...], like: Tensor) -> Tensor:
     return make(values, like.dtype, like.device)
 
 
-@lru_cache(maxsize=256)
+@cache  # a CUDA graph may read it for ever
 def _kept(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -123,8 +123,7 @@ def _by_shape(make: Callable[..., Any], x: Tensor, spatial: int, *arguments: Any
     Dozens of operations on small tensors, which a small map takes less time than. Where code is traced or
     transformed they are made anew, so that a graph serves other sizes.
     """
-    capturing = isinstance(x, Tensor) and x.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing or not is_plain(x):
+    if not is_plain(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return make(x, spatial, *arguments)
     arguments = tuple(tuple(a) if isinstance(a, list) else a for a in arguments)
     return _made(make, spatial, x.shape[-spatial:], x.dtype, x.device, *arguments)

@@ -33,28 +33,16 @@ def project_(model: nn.Module) -> None:
         ValueError: If a layer's weight is no parameter of its own (pruned, parametrized).
     """
     check_model(model)
-    _project(model, {id(p) for p in model.parameters()})
-
-
-def _project(model: nn.Module, held: set[int]) -> None:
-    """Of the weights whose ids are ``held``."""
     together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
     for module in model.modules():
         if isinstance(module, NormPropLayer) and module.weight.requires_grad:
             _check_owned(module)
-            if id(module.weight) not in held:
-                continue
             weight, geometry = module.weight, (module.transposed, module.groups)
             key = (module.rule.centered, weight.device, weight.dtype)
             together.setdefault(key, {})[id(weight)] = weight, geometry  # a shared weight once
     for (centered, *_), rows in together.items():
         weights, geometries = zip(*rows.values(), strict=True)
         project_rows_(weights, geometries, centered)
-
-
-def _held(optimizer: torch.optim.Optimizer) -> set[int]:
-    """The ids of an optimizer's parameters."""
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def attach_projection(
@@ -86,7 +74,7 @@ def attach_projection(
     Args:
         optimizer: Any torch optimizer; of one that steps another (SAM), the inner one, whose ``step`` is called.
             Before Opacus or accelerate wrap it.
-        model: The model whose rows it keeps at unit length: those of the weights that the optimizer holds.
+        model: The model whose rows it keeps at unit length.
         trust_radius: The largest change, in standard deviations of a pre-activation; 0.01 suits batches
             of about 100, 0.02 if orthogonal (experiments/LOG.md), and ``sqrt(batch / 100)`` times that
             smaller ones. None for no limit. It costs a copy of the weights (of the whole ones, if FSDP
@@ -131,7 +119,8 @@ def attach_projection(
             f"{type(model).__name__} has no NormProp layer; build it with normprop.NormPropLinear, NormPropConv2d, "
             "..., or convert it: normprop.convert(model).model"
         )
-    if _held(optimizer).isdisjoint(map(id, model.parameters())):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, model.parameters())):
         raise ValueError(
             f"the optimizer holds no parameter of this {type(model).__name__}: build it on this model (after "
             "normprop.convert: on conversion.model, or conversion.update_optimizer_(optimizer))"
@@ -141,7 +130,7 @@ def attach_projection(
             raise ValueError(
                 "orthogonal steps have the length trust_radius, got None; 0.02 suits batches of about 100"
             )
-        return optimizer.register_step_post_hook(lambda stepped, *_: _project(model, _held(stepped)))
+        return optimizer.register_step_post_hook(lambda *_: project_(model))
     _check_positive("trust_radius", trust_radius)
     half = [
         f"'{name}' is {layer.weight.dtype}"
@@ -172,8 +161,8 @@ class _TrustRegion:
         self.kept: list[Tensor] = []
         self.joined: list[kernels.Units] = []  # instead, where kernels do it
 
-    def _units(self, held: set[int]) -> list[tuple[Any, dict[str, Tensor]]]:
-        """Layers with what of theirs a step of parameters ``held`` moves; a shared one belongs to the first."""
+    def _units(self) -> list[tuple[Any, dict[str, Tensor]]]:
+        """Layers with what of theirs a step moves; a shared parameter belongs to the first."""
         self.sharers = {}
         units: list[tuple[Any, dict[str, Tensor]]] = []
         seen: set[int] = set()
@@ -183,10 +172,7 @@ class _TrustRegion:
                 moving: dict[str, Tensor] = {
                     name: p
                     for name, p in own.items()
-                    if p is not None
-                    and id(p) in held
-                    and id(p) not in seen
-                    and (p.requires_grad or name != "weight")
+                    if p is not None and id(p) not in seen and (p.requires_grad or name != "weight")
                 }
                 if own["weight"] is not None:
                     self.sharers.setdefault(id(own["weight"]), []).append(len(units))
@@ -219,9 +205,9 @@ class _TrustRegion:
         ]
 
     @torch.no_grad()
-    def remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def remember(self, *_: Any) -> None:
         """Before a step."""
-        self.units = self._units(_held(optimizer))
+        self.units = self._units()
         self.joined = [] if self.orthogonal else self._join()
         if not self.joined:
             now = [_whole(p) for _, own in self.units for p in own.values()]
@@ -253,7 +239,7 @@ class _TrustRegion:
         for (_, own), layer in zip(sharded, moved, strict=True):
             for name, p in own.items():
                 _put_back(p, layer.now[name])
-        _project(self.model, _held(optimizer))
+        project_(self.model)
 
     def _shares(self, moved: list[_Moved], radius: float) -> Sequence[Tensor]:
         """What share of its step each unit may make, layer by layer; computed for all at once."""

@@ -9,17 +9,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# They move values and make none; a node with a note is shown whatever it does.
-# Operations that hand on each element of a map as it is, in another place, shape or type; dropout in eval mode.
-MOVES = {
+# Random in training; in eval mode they hand on what they get.
+DROPS = {
+    "dropout", "dropout2d", "alpha_dropout", "feature_dropout", "stochastic_depth", "Dropout", "Dropout1d",
+    "Dropout2d", "Dropout3d", "AlphaDropout", "DropPath", "StochasticDepth",
+}  # fmt: skip
+# Operations that hand on each element of a map as it is, in another place, shape or type.
+MOVES = DROPS | {
     "view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "permute", "transpose", "t", "movedim",
     "swapaxes", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "tile", "contiguous", "clone", "detach",
     "to", "float", "type_as", "rearrange", "roll", "flip", "rot90", "channel_shuffle", "pixel_shuffle",
-    "pixel_unshuffle", "dropout", "dropout2d", "alpha_dropout", "feature_dropout", "stochastic_depth", "Identity",
-    "Flatten", "Unflatten", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "PixelShuffle",
-    "PixelUnshuffle", "ChannelShuffle", "DropPath", "StochasticDepth",
+    "pixel_unshuffle", "Identity", "Flatten", "Unflatten", "PixelShuffle", "PixelUnshuffle", "ChannelShuffle",
 }  # fmt: skip
-# With those that hand on a part.
+# With those that hand on a part: not shown in tables, unless there is a note.
 LAYOUT = MOVES | {
     "narrow", "getitem", "chunk", "split", "tensor_split", "unbind", "index_select", "unfold", "getattr", "size",
 }  # fmt: skip

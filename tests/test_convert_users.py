@@ -1254,3 +1254,104 @@ def test_a_generator_starts_from_one_position():
     )  # fmt: skip
     trace = normprop.measure(normprop.convert(model).model, torch.randn(256, 32, 1, 1))
     assert all(0.8 < record.std < 1.25 for record in trace)
+
+
+def test_coordinates_that_the_code_makes_are_normalised_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 15, 3), nn.BatchNorm2d(15), nn.Conv2d(16, 32, 3)
+
+        def forward(self, x):
+            x = F.relu(self.norm(self.conv(x)))
+            grid = torch.linspace(0, 20, x.shape[3]).view(1, 1, 1, -1).expand(len(x), 1, x.shape[2], -1)
+            return self.head(torch.cat([x, grid.type_as(x)], 1))
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(8, 3, 12, 12)
+    converted = normprop.convert(model, example=x).model
+    trace = normprop.measure(converted, x)
+    assert 0.9 < trace["cat"].std < 1.1
+    assert abs(trace["cat"].mean) < 0.1
+    assert 0.8 < trace["head"].std < 1.25
+
+
+def test_len_may_have_to_be_a_number():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            x = self.norm(self.layer(x))
+            return x + torch.zeros(len(x), 8)
+
+    conversion = normprop.convert(Net(), example=torch.randn(6, 8))
+    assert len(conversion.replaced) == 1
+    assert any("decides by its input's size" in note for note in conversion.notes)
+
+
+class Inner(nn.Module):
+    def __init__(self, code):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)
+        self.code = code
+
+    def forward(self, x, y):
+        return self.code(self, x, y)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        lambda self, x, y: self.b(torch.relu(self.norm(self.a(x))) + 0.1 * y),
+        lambda self, x, y: self.b(torch.relu(self.norm(self.a(x))) * (1 + y / 10)),
+        lambda self, x, y: self.b(x * 0.1 + torch.relu(self.norm(self.a(x)))),
+    ],
+    ids=["noise", "time", "skip"],
+)
+def test_arithmetic_on_what_is_no_data(code):
+    torch.manual_seed(0)
+    x = torch.randn(512, 64), torch.randn(512, 64)
+    model = normprop.convert(Inner(code), example=x).model
+    read = []
+    model.b.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    model(*x)
+    assert 0.9 < read[0].std().item() < 1.1
+    trace = normprop.measure(Inner(code), x)
+    assert trace.predicted["b"].std == pytest.approx(trace["b"].std, rel=0.15)
+
+
+def test_an_input_of_one_number():
+    torch.manual_seed(0)
+    model = Inner(lambda self, x, t: self.b(torch.relu(self.norm(self.a(x))) * (2 * t)))
+    names = [
+        normprop.convert(model, example=(torch.randn(256, 64), t)).model.state_dict().keys()
+        for t in (torch.tensor([1.0]), torch.ones(1, 2)[:, :1])
+    ]
+    assert names[0] == names[1]
+    for name, value in (
+        normprop.convert(model, example=(torch.randn(64, 64), torch.ones(1))).model.state_dict().items()
+    ):
+        assert torch.isfinite(torch.as_tensor(value)).all(), name
+
+
+def test_dropout_of_a_gate_stays_behind_it():
+    class Squeeze(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.up = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Linear(16, 16)
+            self.drop, self.last = nn.Dropout(0.5), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x):
+            x = torch.relu(self.norm(self.conv(x)))
+            gate = self.drop(torch.sigmoid(self.up(x.mean((2, 3)))))
+            return self.last(x * gate[:, :, None, None])
+
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 12, 12)
+    model, read = normprop.convert(Squeeze(), example=x).model.train(), []
+    model.last.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    model(x)
+    share = (read[0].abs().amax((2, 3)) < 1e-6).float().mean().item()
+    assert 0.3 < share < 0.7

@@ -684,3 +684,17 @@ def test_an_identity_has_a_gradient_of_its_own():
     trace = measure(Branches(), torch.randn(64, 64))
     assert trace["same"].gradient == pytest.approx(0.01, rel=1e-3)
     assert trace["first"].gradient > 1.0
+
+
+def test_an_identity_whose_output_is_written_to_is_its_input():
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.same = nn.Linear(64, 64), nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            self.same(x).relu_()
+            return x * 1.0
+
+    assert measure(Written(), torch.randn(512, 64))["first"].gradient == pytest.approx(0.7, abs=0.05)

@@ -902,3 +902,17 @@ def test_a_global_pool_folds_without_a_pass_over_its_map():
     assert sized == ["call_module"] * 2  # the threshold's own map, not that map times a constant
     x = torch.randn(2, 3, 12, 7)
     torch.testing.assert_close(folded(x), model(x))
+
+
+@pytest.mark.parametrize("code", [lambda h: h.mT @ h, lambda h: h.data + 0.0, lambda h: h.flatten(1).T])
+def test_attributes_that_are_maps_without_an_example(code):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rows, self.layer = nn.Embedding(10, 16), normprop.NormPropLinear(16, 16, activation="gelu")
+
+        def forward(self, x):
+            return code(self.layer(self.rows(x)))
+
+    model, x = Net().eval(), torch.randint(0, 10, (3, 5))
+    torch.testing.assert_close(fold(model)(x), model(x))

@@ -1008,3 +1008,10 @@ def test_an_activation_in_two_precisions_is_copied():
     assert same.activation is act
     assert act.weight.dtype == torch.float32
     assert half.activation.weight.dtype == torch.bfloat16
+
+
+def test_layers_share_the_copy_of_an_activation():
+    act = nn.PReLU()
+    layers = [normprop.NormPropLinear(4, 4, activation=act, dtype=torch.float64) for _ in range(2)]
+    assert layers[0].activation is layers[1].activation
+    assert layers[0].activation is not act

@@ -1067,3 +1067,9 @@ def test_a_layer_that_returns_nothing_and_bytes_at_the_data_end():
     assert (trace["0"].std, trace["0"].note) == (pytest.approx(1.0), "")
     nn.init.zeros_(model[1].gain)
     assert math.isfinite(predict(model, torch.zeros(2, 3, 8, 8, dtype=torch.uint8))[-1].std)
+
+
+@pytest.mark.parametrize("code", [torch.max, torch.min, lambda a, b: torch.max(a, torch.tensor(0.0))])
+def test_the_larger_of_two_maps_has_no_rule(code):
+    model = Code(lambda self, x: code(self.a(x), self.b(x)), a=nn.Linear(64, 64), b=nn.Linear(64, 64))
+    assert predict(model, randn(8, 64))[-1].note.startswith("no rule for")

@@ -298,7 +298,8 @@ class _Folder:
         if isinstance(module, pools.AdaptiveMaxPool):
             return self.adaptive_max_pool(node, module)
         held = [self.values[n] for n in tensor_inputs(node)]
-        if key(node) in ("size", "getattr", "dim") and not isinstance(node.meta.get("value"), Tensor):
+        of_shape = key(node) == "getattr" and node.args[1] in ("shape", "ndim", "dtype", "device")
+        if of_shape or key(node) in ("size", "dim"):
             return _Value(
                 self.graph.node_copy(node, lambda n: self.values[n].node)
             )  # the raw map has the same

@@ -211,8 +211,7 @@ class Walk:
         """Whether it is arithmetic on the data alone, which the model's author wrote to make them N(0, 1)."""
         value = node.meta.get("value")
         real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
-        arithmetic = self.whole and key(node) in ("add", "sub", "rsub", "mul", "div")
-        return arithmetic and real and reading.is_data(self.graph_module, node)
+        return self.whole and real and reading.normalizes_data(self.graph_module, node)
 
     def _visit_end(self, node: fx.Node) -> None:
         self.roots[node] = frozenset([node])
@@ -600,6 +599,8 @@ class Walk:
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
         name = what if module is None else type(module).__name__
         if (found := _REDUCTIONS.get(name) or reading.POOLS.get(name)) is None:
+            return None
+        if name in ("max", "min") and len(tensor_inputs(node)) > 1:  # of two maps
             return None
         kind, adaptive, spatial = found
         signal, before, after = self._signal(source), shape(source), shape(node)

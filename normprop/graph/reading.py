@@ -162,6 +162,32 @@ def is_data(graph_module: nn.Module, node: fx.Node) -> bool:
     )
 
 
+def normalizes_data(graph_module: nn.Module, node: fx.Node) -> bool:
+    """Whether it is arithmetic that the author wrote to normalise the data: nothing but weight layers reads them."""
+    if key(node) not in ("add", "sub", "rsub", "mul", "div") or not is_data(graph_module, node):
+        return False
+    root = node
+    while root.op != "placeholder":
+        if isinstance(module_of(graph_module, root), DATA_NORMS):
+            return False
+        root = next(n for n in tensor_inputs(root) if not is_constant(graph_module, n))
+    return _leads_to_layers(graph_module, root)
+
+
+def _leads_to_layers(graph_module: nn.Module, node: fx.Node) -> bool:
+    """Whether all that reads data, moved or behind arithmetic, are weight layers and norms."""
+    for user in node.users:
+        module = module_of(graph_module, user)
+        layer = (
+            weight_source(graph_module, user) is not None or is_batch_norm(module) or is_normprop(module)
+        )
+        if layer or isinstance(module, DATA_NORMS) or key(user) in ("getattr", "size", "dim"):
+            continue
+        if not (is_data(graph_module, user) and _leads_to_layers(graph_module, user)):
+            return False
+    return bool(node.users)
+
+
 def is_constant(graph_module: nn.Module, node: fx.Node) -> bool:
     """Whether a node is a tensor that the model holds and does not learn, moved or not."""
     if node.op == "get_attr":

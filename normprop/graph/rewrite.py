@@ -21,6 +21,7 @@ from normprop.graph.lighten import lighten_
 from normprop.graph.predict import Walk
 from normprop.graph.reading import argument, key, shape, tensor_inputs
 from normprop.graph.trace import below, has, place
+from normprop.records import DROPS
 
 if TYPE_CHECKING:
     from normprop.graph.convert import Converter
@@ -63,7 +64,8 @@ class Flow:
             return
         try:
             value = self.run(node)
-            if self.walk.normalizes_data(node):  # as it is, the noise stands for what comes out of that too
+            if value is not None and self.walk.normalizes_data(node) and value.numel() > 1:
+                # As it is, the noise stands for what comes out of that too.
                 value = (value - value.mean()) / value.std().clamp_min(1e-12)
             self.values[node] = value
         except Exception as error:  # formulas are left
@@ -222,6 +224,9 @@ class Rewriter:
     def moves(self, node: fx.Node) -> bool:
         return reading.moves(self.graph_module, node)
 
+    def drops(self, node: fx.Node) -> bool:
+        return reading.operation_name(self.graph_module, node) in DROPS
+
     def decide(self, what: str, node: fx.Node, seen: bool) -> bool:
         """A choice that rests on what was measured: as in the rehearsal, if there was one."""
         name = f"{what} {node.name}"
@@ -361,7 +366,7 @@ class Rewriter:
                 top, other = pair[index], pair[1 - index]
                 assert isinstance(top, fx.Node)
                 assert isinstance(other, fx.Node)
-                while self.moves(top) and len(top.users) == 1:
+                while self.moves(top) and not self.drops(top) and len(top.users) == 1:
                     top = tensor_inputs(top)[0]
                 alone = len(top.users) == 1 and len(tensor_inputs(top)) == 1
                 if not (alone and _is_bounded(reading.activation_of(top, self.module(top)))):

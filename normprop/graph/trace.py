@@ -292,6 +292,7 @@ def trace(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...] | None = None,
     leaves: tuple[str, ...] = OURS,
+    lengths: bool = True,
 ) -> fx.GraphModule:
     """``model`` as a graph; its modules are shared with ``model``, not copied.
 
@@ -300,6 +301,8 @@ def trace(
         example: An input, or a tuple of them; it gives each node's ``meta["value"]``, a tensor
             without data. None: guessed from the first weight layer (:func:`guess_example`).
         leaves: Our Python modules whose layers stay single nodes.
+        lengths: ``len(x)`` is a node, so that the graph serves batches of all sizes; the example's number, if
+            the code cannot go on with a node.
 
     Raises:
         TraceError: If torch.fx cannot follow the code.
@@ -327,6 +330,7 @@ def trace(
     lost: set[str] = set()
     left: set[str] = set()
     dropped: set[str] = set()
+    counted: set[fx.Node] | None = set() if lengths else None
     try:
         tracer = _Tracer(model, inputs, leaves)
         with (
@@ -334,12 +338,14 @@ def trace(
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast("cuda", enabled=False),
-            _proxies_seen_through(model, dropped),
+            _proxies_seen_through(model, dropped, counted),
         ):
             graph = tracer.trace(model, concrete_args=fixed)
     except Exception as error:
         for name in set(vars(model)) - before:
             delattr(model, name)
+        if counted:
+            return trace(model, example, leaves, lengths=False)
         raise TraceError(
             f"torch.fx cannot follow {type(model).__name__}: {type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else ''}"
@@ -373,7 +379,9 @@ def trace(
 
 
 @contextmanager
-def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]:
+def _proxies_seen_through(
+    model: nn.Module, dropped: set[str], counted: set[fx.Node] | None
+) -> Iterator[None]:
     """Code that asks whether it got a tensor, or several, is told what a proxy stands for.
 
     ``isinstance``, and a ``len`` that is a node as ``x.size(0)`` is, are given to the Python packages of the
@@ -383,6 +391,7 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
     Args:
         model: The modules.
         dropped: Told what else its code does to the way that it is computed, and its graph does not.
+        counted: Told whose length became a node; None for numbers.
     """
 
     def is_instance(value: Any, kinds: Any) -> bool:
@@ -392,8 +401,10 @@ def _proxies_seen_through(model: nn.Module, dropped: set[str]) -> Iterator[None]
         return meant is not _MISSING and isinstance(meant, kinds)
 
     def length(value: Any) -> Any:
-        proxy = issubclass(type(value), fx.Proxy)
-        return value.size(0) if proxy and is_instance(value, Tensor) else len(value)
+        if counted is None or not issubclass(type(value), fx.Proxy) or not is_instance(value, Tensor):
+            return len(value)
+        counted.add(value.node)
+        return value.size(0)
 
     def as_tensor(data: Any, *args: Any, **kwargs: Any) -> Any:
         if not issubclass(type(data), fx.Proxy):
