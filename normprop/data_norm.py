@@ -174,7 +174,7 @@ class GlobalDataNorm(nn.Module):
 
     @property
     def divisor(self) -> Tensor:
-        """The std; infinite where it is 0, so that 0 comes out whatever goes in."""
+        """The std; infinite where it is 0, so that 0 comes out of any finite number."""
         return torch.where(self.std > 0, self.std, math.inf)
 
     def forward(self, input: Tensor) -> Tensor:
