@@ -1355,3 +1355,18 @@ def test_dropout_of_a_gate_stays_behind_it():
     model(x)
     share = (read[0].abs().amax((2, 3)) < 1e-6).float().mean().item()
     assert 0.3 < share < 0.7
+
+
+def test_a_sharded_model_is_told_the_way_out():
+    class FSDPModule:  # what fully_shard mixes into a module's class
+        pass
+
+    class Sharded(nn.Sequential, FSDPModule):
+        pass
+
+    model = nn.Sequential(Sharded(nn.Linear(4, 4), nn.BatchNorm1d(4)))
+    with pytest.raises(ValueError, match="convert it first, then call fully_shard on the result"):
+        normprop.convert(model)
+    for function in (normprop.fold, lambda model: normprop.predict(model, torch.randn(2, 4))):
+        with pytest.raises(ValueError, match="load its full state dict into a model of your own"):
+            function(model)
