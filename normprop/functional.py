@@ -30,7 +30,6 @@ from normprop.rows import (
     fan_in as fan_in,
     fan_in_dims as fan_in_dims,
     in_forward_mode,
-    is_plain as is_plain,
     project_ as project_,
     row_lengths as row_lengths,
     row_view as row_view,

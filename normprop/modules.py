@@ -50,10 +50,12 @@ class NormPropLayer(_Activated):
         """The rest of the constructor, after the torch parent's."""
         functional.check_rule(rule)
         self.rule = rule
-        self.activation = activation
-        self.initial_gain = initial_gain(rule, self.activation)
-        if self.activation is not None:
-            self.activation = activations.placed(self.activation, self.weight.device, self.weight.dtype)
+        phi = None if activation is None else activations.as_module(activation)
+        # Set once: each time its constants are computed.
+        self.activation = (
+            None if phi is None else activations.placed(phi, self.weight.device, self.weight.dtype)
+        )
+        self.initial_gain = initial_gain(rule, phi)
         if out_features and not self.fan_in:
             raise ValueError(
                 f"expected at least 1 input to each output unit, got weight {tuple(self.weight.shape)}"
@@ -687,7 +689,7 @@ class NormalizedActivation(_Activated):
         self.num_features = num_features
         activation = activations.out_of_place(activations.as_module(phi))
         self.activation = activations.placed(activation, device, dtype)
-        self.initial_gain = initial_gain(rule, self.activation)
+        self.initial_gain = initial_gain(rule, activation)
         for name in ("gain", "bias"):
             value = None
             if num_features is not None:

@@ -19,8 +19,9 @@ from torch import Tensor, fx, nn
 
 from normprop import activations, gaussian
 from normprop.activations import ActivationLike
-from normprop.functional import Size, is_plain
+from normprop.functional import Size
 from normprop.merges import Declared, Shapes, standardize
+from normprop.rows import is_plain
 from normprop.signal import Signal, gaussian_nodes
 
 # --- windows: what they hold at borders ---------------------------------------------------------

@@ -202,9 +202,8 @@ def call(function: type[torch.autograd.Function], *args: Any) -> Any:
     The compiler takes no ``apply`` of :class:`_Positional` arguments without a gradient.
     """
     plain = in_forward_mode()
-    if (
-        not torch.compiler.is_compiling()
-    ):  # nothing may keep inference mode's tensors, whatever enable_grad says
+    if not torch.compiler.is_compiling():
+        # Nothing may keep inference mode's tensors, whatever enable_grad says.
         plain = plain or torch.jit.is_tracing() or torch.is_inference_mode_enabled()
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
     return function.apply(*args) if wanted and not plain else function.forward(*args)  # type: ignore[no-untyped-call]

@@ -206,10 +206,8 @@ def convert(
             raise ValueError(
                 f"'{name}' ({type(module).__name__}) has no weights yet: run the model once, then convert it"
             )
-    if preserve and (without := [name for name, p in model.named_parameters() if p.is_meta]):
-        raise ValueError(
-            f"preserve=True: '{without[0]}' has no values (device meta); load the weights first"
-        )
+    if preserve and (without := tracing.without_values(model)):
+        raise ValueError(f"preserve=True: '{without}' has no values (device meta); load the weights first")
     report = Conversion(model, [], [])
     worker = Converter(model, rule, preserve, filter_fn, report)
     report.model = worker.run(example)

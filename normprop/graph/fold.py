@@ -26,8 +26,6 @@ from normprop.graph.trace import below, has, place
 from normprop.records import MOVES
 
 _LEAVES = ("normprop.modules", "normprop.data_norm")
-# What acts on elements in their places, or moves them: an affine map may wait until behind it.
-
 _LIMITS = {torch.float32: 1e-4, torch.float64: 1e-9}  # of the largest output
 
 
@@ -74,8 +72,8 @@ def fold(model: nn.Module, verify: Any = None) -> nn.Module:
             f"{', '.join(hooked)}: forward hooks, which the folded model does not run; remove them, or pass verify= "
             "if they change nothing"
         )
-    if without := [name for name, p in model.named_parameters() if p.is_meta]:
-        raise FoldError(f"'{without[0]}' has no values (device meta): load the weights first")
+    if without := tracing.without_values(model):
+        raise FoldError(f"'{without}' has no values (device meta): load the weights first")
     expected = _outputs(twin, [x.clone() for x in inputs]) if inputs else None
     dtype = next((p.dtype for p in model.parameters()), torch.get_default_dtype())
     folded: nn.Module
@@ -299,11 +297,9 @@ class _Folder:
             return self.adaptive_max_pool(node, module)
         held = [self.values[n] for n in tensor_inputs(node)]
         of_shape = key(node) == "getattr" and node.args[1] in ("shape", "ndim", "dtype", "device")
-        if of_shape or key(node) in ("size", "dim"):
-            return _Value(
-                self.graph.node_copy(node, lambda n: self.values[n].node)
-            )  # the raw map has the same
-        if all(value.plain for value in held) and key(node) not in ("add", "sub", "mul", "div", "rsub"):
+        if of_shape or key(node) in ("size", "dim"):  # the raw map has the same
+            return _Value(self.graph.node_copy(node, lambda n: self.values[n].node))
+        if all(value.plain for value in held) and key(node) not in reading.ARITHMETIC:
             return self.copied(node, module)
         return self.waiting(node, module) or self.copied(node, module)
 

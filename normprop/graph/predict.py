@@ -40,15 +40,8 @@ _REDUCTIONS = {
     "mean": ("avg", True, 0), "sum": ("avg", True, 0), "amax": ("max", True, 0), "max": ("max", True, 0),
     "amin": ("min", True, 0), "min": ("min", True, 0),
 }  # fmt: skip
-_SAME_PLACES = {
-    "detach",
-    "clone",
-    "contiguous",
-    "to",
-    "float",
-    "type_as",
-    "Identity",
-}  # of those that only move
+# Of what moves elements, what leaves them in their places.
+_SAME_PLACES = {"detach", "clone", "contiguous", "to", "float", "type_as", "Identity"}
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 # Where their weights and biases stand as arguments.
 _FUNCTIONAL_NORMS = {
@@ -85,10 +78,9 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
         ValueError: If weights are on the meta device.
     """
     check_model(model)
-    without = [name for name, p in model.named_parameters() if p.is_meta]
-    if without:
+    if without := tracing.without_values(model):
         raise ValueError(
-            f"predict reads the weights, and '{without[0]}' has no values (device meta): "
+            f"predict reads the weights, and '{without}' has no values (device meta): "
             "model.to_empty(device='cpu') and initialise it first"
         )
     tracing.check_unwrapped(model)
@@ -263,11 +255,9 @@ class Walk:
         if (name := reading.operation_name(self.graph_module, node)) in LAYOUT:
             if name in _SAME_PLACES:
                 origin, function = self.origin.get(first, (first, _same))
-                stopped = lambda values, f=function: f(values).detach()  # noqa: E731
-                self.origin[node] = origin, stopped if name == "detach" else function
-            if first in self.notes and isinstance(
-                first.meta.get("value"), tuple
-            ):  # which tables do not show
+                stopped = name == "detach"
+                self.origin[node] = origin, (lambda u: function(u).detach()) if stopped else function
+            if isinstance(first.meta.get("value"), tuple) and first in self.notes:  # tables do not show it
                 self.notes[node] = self.notes[first]
             through = 0.0 if name == "detach" else _same
             return self._signal(first), [through] + [0.0] * (len(inputs) - 1)
@@ -610,8 +600,9 @@ class Walk:
             argument(node, 1, "kernel_size", 1) if module is None else getattr(module, "kernel_size", 1)
         )
         if adaptive or reading.nodes_in(size):  # or it is made of the map's own size
-            known = before is not None and after is not None
-            count = max(1, math.prod(before) // max(1, math.prod(after))) if known else _GLOBAL  # type: ignore[arg-type]
+            count = _GLOBAL
+            if before is not None and after is not None:
+                count = max(1, math.prod(before) // max(1, math.prod(after)))
         else:
             count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
         if count == 1:

@@ -148,30 +148,23 @@ def moves(graph_module: nn.Module, node: fx.Node) -> bool:
     return bool(tensor_inputs(node)) and operation_name(graph_module, node) in MOVES
 
 
-def is_data(graph_module: nn.Module, node: fx.Node) -> bool:
-    """Whether a node holds the model's input: as it is, moved, or behind arithmetic, ``(x / 255 - mean) / std``."""
+ARITHMETIC = ("add", "sub", "rsub", "mul", "div")
+
+
+def data_of(graph_module: nn.Module, node: fx.Node) -> fx.Node | None:
+    """The input, or the data norm, that a node holds: as it is, moved, or behind ``(x / 255 - mean) / std``."""
     if node.op == "placeholder" or isinstance(module_of(graph_module, node), DATA_NORMS):
-        return True
+        return node
     if moves(graph_module, node):
-        return is_data(graph_module, tensor_inputs(node)[0])
+        return data_of(graph_module, tensor_inputs(node)[0])
     read = [n for n in tensor_inputs(node) if not is_constant(graph_module, n)]
-    return (
-        key(node) in ("add", "sub", "rsub", "mul", "div")
-        and len(read) == 1
-        and is_data(graph_module, read[0])
-    )
+    return data_of(graph_module, read[0]) if key(node) in ARITHMETIC and len(read) == 1 else None
 
 
 def normalizes_data(graph_module: nn.Module, node: fx.Node) -> bool:
     """Whether it is arithmetic that the author wrote to normalise the data: nothing but weight layers reads them."""
-    if key(node) not in ("add", "sub", "rsub", "mul", "div") or not is_data(graph_module, node):
-        return False
-    root = node
-    while root.op != "placeholder":
-        if isinstance(module_of(graph_module, root), DATA_NORMS):
-            return False
-        root = next(n for n in tensor_inputs(root) if not is_constant(graph_module, n))
-    return _leads_to_layers(graph_module, root)
+    source = data_of(graph_module, node) if key(node) in ARITHMETIC else None
+    return source is not None and source.op == "placeholder" and _leads_to_layers(graph_module, source)
 
 
 def _leads_to_layers(graph_module: nn.Module, node: fx.Node) -> bool:
@@ -183,7 +176,7 @@ def _leads_to_layers(graph_module: nn.Module, node: fx.Node) -> bool:
         )
         if layer or isinstance(module, DATA_NORMS) or key(user) in ("getattr", "size", "dim"):
             continue
-        if not (is_data(graph_module, user) and _leads_to_layers(graph_module, user)):
+        if data_of(graph_module, user) is None or not _leads_to_layers(graph_module, user):
             return False
     return bool(node.users)
 

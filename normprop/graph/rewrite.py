@@ -402,7 +402,7 @@ class Rewriter:
 
     def reads_data(self, norm: fx.Node) -> bool:
         """Whether a BatchNorm normalises the model's input."""
-        return reading.is_data(self.graph_module, tensor_inputs(norm)[0])
+        return reading.data_of(self.graph_module, tensor_inputs(norm)[0]) is not None
 
     @functools.cached_property
     def weight_mask(self) -> int:

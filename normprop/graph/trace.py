@@ -270,6 +270,11 @@ def as_inputs(example: Any, name: str = "example") -> tuple[Tensor, ...]:
     return inputs
 
 
+def without_values(model: nn.Module) -> str:
+    """The name of a parameter that is on the meta device; empty if there is none."""
+    return next((name for name, p in model.named_parameters() if p.is_meta), "")
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on it or on a part of it."""
     return any(base.__name__ == "FSDPModule" for module in model.modules() for base in type(module).__mro__)
