@@ -67,6 +67,27 @@ def test_without_a_right_network_without_norm_there_is_no_ratio(monkeypatch):
     assert rows["normprop"]["status"] == "no ratio: 'none' is wrong: relative error 1 against float64"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_what_does_not_fit_is_a_row(monkeypatch, error):
+    honest = module.Contender.memory
+
+    def memory(self, *args):
+        if self.norm == "batch":
+            raise error
+        return honest(self, *args)
+
+    monkeypatch.setattr(module.Contender, "memory", memory)
+    rows = {row["norm"]: row for row in measure(SMALL, ["batch", "normprop"], 1, "cpu")}
+    assert rows["batch"]["status"] == "out of memory"
+    assert "ratio" in rows["normprop"]
+
+
 def test_the_definition_is_what_the_layers_compute():
     for rule in (normprop.PAPER, normprop.NormRule(True, "affine", 0.7)):
         for activation in ("relu", "gelu", torch.nn.LeakyReLU(0.2), None):

@@ -1,5 +1,6 @@
 """``normprop reproduce``: what it runs, what it keeps after a kill, what it says; on digits, in seconds."""
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import normprop
@@ -103,6 +105,20 @@ def test_what_a_norm_cannot_do_and_divergence_are_rows(tmp_path):
     wild = [row for row in result["rows"] if row["norm"] == "none" and row["lr"] == 1e12]
     assert [row["status"] for row in wild] == ["diverged"]
     assert result["findings"]["largest step size, none"] == 0.05
+
+
+def test_a_log_file_tells_how_far_a_long_run_is(tmp_path, monkeypatch):
+    said = io.StringIO()
+    monkeypatch.setattr("normprop.recipes.reproduce.EVERY", 0)
+    reproduce(
+        "convergence", out=tmp_path, only="none,seed0", console=Console(file=said, width=200), **DIGITS
+    )
+    key = next(iter((tmp_path / "runs").glob("*/"))).name
+    lines = said.getvalue().splitlines()
+    assert [line.split(": ")[2].split(",")[0] for line in lines if f": {key}: " in line][:-1] == [
+        "epoch 1 of 2",
+        "epoch 2 of 2",
+    ]
 
 
 def test_beyond_tests_at_the_step_size_that_did_best_on_held_out_images(tmp_path):

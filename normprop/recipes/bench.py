@@ -297,28 +297,34 @@ def measure(
     rows: dict[str, Row] = {}
     contenders: dict[str, Contender] = {}
     for norm in norms:
-        contender = Contender(norm, case, where)
         row: Row = asdict(case) | {"norm": norm, "status": "ok", "rounds": rounds, "device_type": device}
         rows[norm] = row
-        batch = x.to(memory_format=contender.layout)
-        try:
-            with _exact_float32():
-                row["error"] = contender.error(batch, y, "fp32")
-        except ValueError as error:
-            row["status"] = f"cannot train: {error}"
-            continue
-        if not row["error"] <= TOLERANCE:
-            row["status"] = f"wrong: relative error {row['error']:.2g} against float64"
-            continue
         if norm != "none" and rows["none"]["status"] != "ok":
             row["status"] = f"no ratio: 'none' is {rows['none']['status']}"
             continue
-        if case.precision != "fp32":
-            row[f"error_{case.precision}"] = contender.error(batch, y, case.precision)
-        row["bytes"] = contender.memory(batch, y)
-        for _ in range(3):
-            contender.step(batch, y)
-        contenders[norm] = contender
+        try:
+            contender = Contender(norm, case, where)
+            batch = x.to(memory_format=contender.layout)
+            with _exact_float32():
+                row["error"] = contender.error(batch, y, "fp32")
+            if not row["error"] <= TOLERANCE:
+                row["status"] = f"wrong: relative error {row['error']:.2g} against float64"
+                continue
+            if case.precision != "fp32":
+                row[f"error_{case.precision}"] = contender.error(batch, y, case.precision)
+            row["bytes"] = contender.memory(batch, y)
+            for _ in range(3):
+                contender.step(batch, y)
+        except InputError:
+            raise
+        except ValueError as error:
+            row["status"] = f"cannot train: {error}"
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+                raise
+            row["status"] = "out of memory"
+        else:
+            contenders[norm] = contender
     x = x.to(
         memory_format=torch.channels_last if case.layout == "channels_last" else torch.contiguous_format
     )
@@ -368,12 +374,14 @@ def bench(
     result = {"rows": rows, **environment()}
     with output_folder(out), Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("bench", total=len(cases) * rounds)
-        for case in cases:
+        for number, case in enumerate(cases, 1):
             # Each contender compiles the same Python code anew; beyond torch's limit of 8 it would run eagerly.
             with torch._dynamo.config.patch(recompile_limit=256, fail_on_recompile_limit_hit=True):
                 rows += measure(case, norms, rounds, device, lambda: progress.advance(task))
             write_json(out / "bench.json", result)
             torch.compiler.reset()
+            if not console.is_terminal:
+                console.print(f"{number} of {len(cases)} cases")
         plot(result, out / "bench.png")
     console.print(table(rows))
     return result

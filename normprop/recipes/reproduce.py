@@ -35,6 +35,8 @@ Row = dict[str, Any]
 Tell = Callable[..., None]
 # What a step costs besides its images, in images; it only matters for the time that is said to be left.
 STEP = 20
+# Where there is no terminal for bars, an epoch is told when nothing was for so many seconds.
+EVERY = 60
 
 
 @dataclass(frozen=True)
@@ -462,7 +464,7 @@ def cost(run: Run, images: int) -> float:
 
 
 class _Progress:
-    """Bars on a terminal, a line a finished run elsewhere; the time that is left."""
+    """Bars on a terminal, elsewhere a line a finished run and one a minute of the others; the time that is left."""
 
     def __init__(self, console: Console | None, tasks: Sequence[Task], images: int) -> None:
         self.console = console
@@ -471,9 +473,9 @@ class _Progress:
         self.share: dict[str, float] = dict.fromkeys(self.epochs, 0.0)  # done, of each run
         self.before: dict[str, float] = {}  # done by an earlier command
         self.ended = 0
-        self.started = time.perf_counter()
-        on = console is not None and console.is_terminal
-        self.bars = Progress(console=console, disable=not on, transient=True)
+        self.started = self.told = time.perf_counter()
+        self.live = console is not None and console.is_terminal
+        self.bars = Progress(console=console, disable=not self.live, transient=True)
         self.bar: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Progress:
@@ -507,12 +509,18 @@ class _Progress:
             completed=done,
             description=f"{self.ended} of {len(self.cost)} runs{self._left(done)}",
         )
-        if kind != "epoch" and self.console is not None:
+        silent = time.perf_counter() - self.told
+        if self.console is None or (kind == "epoch" and (self.live or silent < EVERY)):
+            return
+        self.told = time.perf_counter()
+        if kind == "epoch":
+            text = f"epoch {rest[0]} of {self.epochs[key]}, {100 * rest[1]:.1f} %"
+        else:
             says = {"skipped": "another process makes it", "failed": f"failed: {rest[-1] if rest else ''}"}
             text = says.get(kind) or self._outcome(*rest)
-            self.console.print(
-                f"{self.ended} of {len(self.cost)}: {key}: {text}{self._left(done)}", highlight=False
-            )
+        self.console.print(
+            f"{self.ended} of {len(self.cost)}: {key}: {text}{self._left(done)}", highlight=False
+        )
 
     @staticmethod
     def _outcome(status: str, accuracy: float | None) -> str:
