@@ -483,7 +483,7 @@ def moments(
     r"""Mean, variance, slope and Jacobian factor of ``phi(u)`` for u ~ N(mean, std^2).
 
     The constants of Normalization Propagation (Arpit et al., ICML 2016, eqs. 9 and 12): closed
-    forms where they exist, else float64 quadrature split at the kinks. Absolute error below 1e-9
+    forms where they exist, else float64 quadrature split at the kinks. Absolute error below 1e-9 in float64
     for the activations of the table, 1e-6 for other callables (mean and std up to 100) that bend in
     [-27, 27] alone, and there over at least a hundredth: further out they are taken as smooth on the scale of
     std (cos is not, from a std of about 3 on), and a narrower bump, or sin(100 u), is missed or inexact.

@@ -68,8 +68,8 @@ def attach_projection(
     about the same size. Gains and biases move as the optimizer moves them
     and share the bound with their rows: a small learning rate (0.05 with SGD) leaves most of it to the
     rows. A warm-up, or another learning rate in one group, does not change the rows' steps (the radius
-    is that of the largest rate so far). More accurate at equal epochs (experiments/beyond), for 6 to 40 % of a
-    step's time on a CPU (docs/method.md, section 7).
+    is that of the largest rate so far). More accurate at equal epochs, for 6 to 40 % of a
+    step's time on a CPU (experiments/beyond; docs/method.md, section 7).
 
     Args:
         optimizer: Any torch optimizer; of one that steps another (SAM), the inner one, whose ``step`` is called.

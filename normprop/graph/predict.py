@@ -1,7 +1,7 @@
 r"""``predict``: mean, variance and gradient gain of every node, by formula, before any data.
 
 Each node has one rule, from the signals that it reads to the signal that it returns, and to the
-factors by which the mean square of the gradient (of the whole map) at its output turns into that at
+factors by which the squared L2 norm of the gradient (of the whole map) at its output turns into that at
 its inputs (docs/method.md, section 9). What has no rule is said to have none.
 """
 
@@ -29,7 +29,7 @@ from normprop.modules import NormalizedActivation, check_model
 from normprop.records import LAYOUT, Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes, with_slope
 
-# How a gradient's mean square passes to an input: a factor, or a function from its density over the
+# How the square of a gradient's L2 norm passes to an input: a factor, or a function from its density over the
 # output's values to that over the input's (a number where it is the same for all).
 Factor = float | Callable[[Tensor], Tensor | float]
 Result = tuple[Signal, list[Any]]
