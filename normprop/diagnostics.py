@@ -324,8 +324,7 @@ def pre_activation(layer: Any, x: Tensor, output: Tensor) -> Tensor:
 
 def rows_of(layer: Any, weight: Tensor) -> Tensor:
     """The weight rows that feed a layer's output units, shape ``(out, fan_in)``; of groups the first."""
-    groups = getattr(layer, "groups", 1)
-    transposed = getattr(layer, "transposed", False)
+    transposed, groups = functional.geometry_of(layer)
     rows = functional.row_view(weight, transposed, groups)
     return (rows[0].transpose(0, 1) if transposed else rows[: len(rows) // groups]).flatten(1)
 

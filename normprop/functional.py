@@ -29,6 +29,7 @@ from normprop.rows import (
     call,
     fan_in as fan_in,
     fan_in_dims as fan_in_dims,
+    geometry_of as geometry_of,
     in_forward_mode,
     project_ as project_,
     row_lengths as row_lengths,

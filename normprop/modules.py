@@ -24,6 +24,9 @@ class _Activated(nn.Module):
     """A module with an activation, whose constants go with it."""
 
     activation: Any  # None, or what activations.as_module returns
+    rule: NormRule
+    gain: Any
+    bias: Any
     standard: tuple[float, float] | None
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -31,6 +34,13 @@ class _Activated(nn.Module):
             value = None if value is None else activations.as_module(value)
             self.standard = functional.standard_constants(value)
         super().__setattr__(name, value)
+
+    def mean_std(self) -> tuple[functional.Number, functional.Number]:
+        """What is subtracted from the activation's output, and by what it is divided then."""
+        return functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class NormPropLayer(_Activated):
@@ -91,7 +101,7 @@ class NormPropLayer(_Activated):
     @property
     def fan_in(self) -> int:
         """Number of weights that feed one output unit."""
-        return functional.fan_in(self.weight, self.transposed, self.groups)
+        return functional.fan_in(self.weight, *functional.geometry_of(self))
 
     @property
     def stretch(self) -> float:
@@ -112,10 +122,9 @@ class NormPropLayer(_Activated):
 
     def project_(self) -> None:
         """Put the weight rows back on the unit sphere, in place; the layer's function stays."""
-        functional.project_(self.weight, self.rule.centered, self.transposed, self.groups)
+        functional.project_(self.weight, self.rule.centered, *functional.geometry_of(self))
 
     def _parameters_now(self) -> functional.Parameters:
-        geometry = (self.transposed, self.groups)
         return functional.Parameters(
             self.weight,
             self.gain,
@@ -123,7 +132,7 @@ class NormPropLayer(_Activated):
             self.activation,
             self.rule,
             self.standard,
-            geometry,
+            functional.geometry_of(self),
             self.stretch,
         )
 
@@ -150,7 +159,7 @@ class NormPropLayer(_Activated):
         elif isinstance(low := -mean / std, float):
             parts = [nn.Threshold(low, low)]
         else:
-            parts = [_map([(torch.maximum, low.to(self.weight.dtype))], self.channel_dim)]
+            parts = [_affine_module([(torch.maximum, low.to(self.weight.dtype))], self.channel_dim)]
         return nn.Sequential(layer, *parts).train(self.training)
 
     @torch.no_grad()
@@ -161,12 +170,10 @@ class NormPropLayer(_Activated):
         Computed in float64.
         """
         exact = copy.deepcopy(self).cpu().double()
-        mean, std = functional.constants(
-            exact.activation, exact.rule, exact.gain, exact.bias, exact.standard
-        )
+        mean, std = exact.mean_std()
         relu = type(exact.activation) is nn.ReLU
         scale, shift = (std, mean / std) if relu else (1.0, 0.0)
-        row = (exact.rule.centered, exact.transposed, exact.groups)
+        row = (exact.rule.centered, *functional.geometry_of(exact))
         weight = functional.scaled_weight(exact.weight, exact.gain / scale, exact.stretch, *row)
         bias = None if exact.bias is None else exact.bias / scale
         if relu and not (isinstance(shift, float) and shift == 0.0):
@@ -186,9 +193,6 @@ class NormPropLayer(_Activated):
     def extra_repr(self) -> str:
         name = None if self.activation is None else activations.name_of(self.activation)
         return f"{super().extra_repr()}, activation={name}, rule={rule_name(self.rule)}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 class _Share(NamedTuple):
@@ -354,11 +358,8 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
         return float(rule.gain)
     if activation is None:
         return 1.0
-    if any(parameter.is_meta for parameter in activation.parameters()):
-        with torch.device("cpu"):  # built without values: those it starts with are the default's
-            activation = type(activation)()
     with torch.no_grad():
-        jacobian = activations.moments(activation).jacobian
+        jacobian = activations.moments(activations.with_values(activation)).jacobian
     jacobian = jacobian if isinstance(jacobian, float) else float(jacobian.mean())
     if jacobian == 0.0:
         raise ValueError(
@@ -368,7 +369,7 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
     return 1.0 / jacobian
 
 
-def _map(steps: Sequence[tuple[Callable[..., Tensor], Any]], dim: int) -> fx.GraphModule:
+def _affine_module(steps: Sequence[tuple[Callable[..., Tensor], Any]], dim: int) -> fx.GraphModule:
     """``function(x, value)`` one after another, as torch's own module; vectors lie along dim ``dim`` of x."""
     root = nn.Module()
     graph = fx.Graph()
@@ -394,7 +395,7 @@ def _fuse_activation(
     parts = [activations.plain_module(activation)]
     if isinstance(mean, Tensor) or isinstance(std, Tensor) or (mean, std) != (0.0, 1.0):
         mean, std = (c.to(like.dtype) if isinstance(c, Tensor) else c for c in (mean, std))
-        parts.append(_map([(torch.sub, mean), (torch.div, std)], dim))
+        parts.append(_affine_module([(torch.sub, mean), (torch.div, std)], dim))
     return parts
 
 
@@ -705,7 +706,7 @@ class NormalizedActivation(_Activated):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
+        mean, std = self.mean_std()
         own = None if self.gain is None or self.bias is None else (self.gain, self.bias)
         if own is not None and (input.ndim < 2 or input.shape[1] != self.num_features):
             raise ValueError(f"expected shape (N, {self.num_features}, *), got {tuple(input.shape)}")
@@ -714,10 +715,10 @@ class NormalizedActivation(_Activated):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """The same function in torch's own modules: an affine map, the activation, an affine map."""
-        mean, std = functional.constants(self.activation, self.rule, self.gain, self.bias, self.standard)
+        mean, std = self.mean_std()
         parts: list[nn.Module] = []
         if self.gain is not None:
-            parts.append(_map([(torch.mul, self.gain), (torch.add, self.bias)], 1))
+            parts.append(_affine_module([(torch.mul, self.gain), (torch.add, self.bias)], 1))
         like = next(self.parameters(), torch.empty(0))
         parts += _fuse_activation(self.activation, mean, std, 1, like)
         return nn.Sequential(*parts).train(self.training)
@@ -725,6 +726,3 @@ class NormalizedActivation(_Activated):
     def extra_repr(self) -> str:
         channels = "" if self.num_features is None else f"{self.num_features}, "
         return f"{activations.name_of(self.activation)}, {channels}rule={rule_name(self.rule)}"
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"

@@ -650,7 +650,6 @@ def normalized_max_pool(
     activation: ActivationLike | None = "relu",
     correlation: float = 0.0,
     spatial: int | None = None,
-    table: tuple[tuple[float, float], ...] | None = None,
 ) -> Tensor:
     r"""Max pooling whose output has mean 0 and variance 1, borders included.
 
@@ -664,7 +663,6 @@ def normalized_max_pool(
         activation: What x went through; None for a Gaussian itself.
         correlation: Between the activation's arguments in a window, in [0, 1).
         spatial: Number of spatial dims, if x may come without N or is traced; default ``x.ndim - 2``.
-        table: Mean and std by count, if they are known.
 
     Returns:
         As torch's pool.
@@ -674,25 +672,36 @@ def normalized_max_pool(
     """
     spatial = _spatial_dims(x, spatial)
     stride = kernel_size if stride is None else stride
-    kernel = per_axis(kernel_size, spatial)
-    bordered = ceil_mode or any(per_axis(padding, spatial))
-    if table is None:
-        table = _pool_table(kernel, bordered, activation, correlation)
-    y: Tensor = _MAX_POOL[spatial - 1](x, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore
-    if not bordered:
-        return standardize(y, *table[-1])
     windows = kernel_size, stride, padding, dilation, ceil_mode
-    scale, shift = _by_shape(_by_count, x, spatial, _pool_counts, table, *windows)
-    return torch.addcmul(shift, y, scale)
+    return _max_pool(x, spatial, windows, _pool_table(spatial, windows, activation, correlation))
+
+
+_Windows = tuple[Size, Size, Size, Size, bool]  # kernel_size, stride, padding, dilation, ceil_mode
+
+
+def _bordered(spatial: int, windows: _Windows) -> bool:
+    """Whether some windows may hang over the map's edges."""
+    _, _, padding, _, ceil_mode = windows
+    return ceil_mode or any(per_axis(padding, spatial))
 
 
 def _pool_table(
-    kernel: tuple[int, ...], bordered: bool, activation: ActivationLike | None, correlation: float
+    spatial: int, windows: _Windows, activation: ActivationLike | None, correlation: float
 ) -> tuple[tuple[float, float], ...]:
-    """Constants for the counts that a pool's windows may have."""
+    """Mean and std by count, for the counts that these windows may have."""
     _check_correlation(correlation, ")")
+    kernel = per_axis(windows[0], spatial)
+    bordered = _bordered(spatial, windows)
     counts = _axis_products([range(1, k + 1) for k in kernel]) if bordered else (math.prod(kernel),)
     return _max_table(_phi_values(activation), counts, correlation)
+
+
+def _max_pool(x: Tensor, spatial: int, windows: _Windows, table: tuple[tuple[float, float], ...]) -> Tensor:
+    y: Tensor = _MAX_POOL[spatial - 1](x, *windows)  # type: ignore
+    if not _bordered(spatial, windows):
+        return standardize(y, *table[-1])
+    scale, shift = _by_shape(_by_count, x, spatial, _pool_counts, table, *windows)
+    return torch.addcmul(shift, y, scale)
 
 
 def normalized_adaptive_max_pool(
@@ -701,7 +710,6 @@ def normalized_adaptive_max_pool(
     activation: ActivationLike | None = "relu",
     correlation: float = 0.0,
     spatial: int | None = None,
-    values: tuple[float, ...] | None = None,
 ) -> Tensor:
     """Adaptive max pooling with mean 0 and variance 1; ``output_size=1`` is global pooling.
 
@@ -714,19 +722,30 @@ def normalized_adaptive_max_pool(
         activation: What x went through; None for a Gaussian itself.
         correlation: Between the activation's arguments in a window, in [0, 1).
         spatial: Number of spatial dims, if x may come without N; default ``x.ndim - 2``.
-        values: The activation on the module's grid, if it is known.
 
     Returns:
         As torch's pool.
     """
+    _check_correlation(correlation, ")")
+    return _adaptive_max_pool(
+        x, _spatial_dims(x, spatial), output_size, _phi_values(activation), correlation
+    )
+
+
+def _adaptive_max_pool(
+    x: Tensor,
+    spatial: int,
+    output_size: int | Sequence[int | None],
+    values: tuple[float, ...],
+    correlation: float,
+) -> Tensor:
+    """With the activation's values on the grid."""
     if isinstance(x, fx.Proxy):
         raise TypeError(
             "adaptive max pooling needs the input's size: make it a leaf of the torch.fx tracer"
         )
-    _check_correlation(correlation, ")")
-    spatial = _spatial_dims(x, spatial)
     counts = _adaptive_products(x.shape[-spatial:], per_axis(output_size, spatial))
-    table = _max_table(_phi_values(activation) if values is None else values, counts, correlation)
+    table = _max_table(values, counts, correlation)
     y: Tensor = _ADAPTIVE_MAX_POOL[spatial - 1](x, output_size)  # type: ignore
     if len(counts) == 1:
         return standardize(y, *table[-1])
@@ -783,21 +802,14 @@ class MaxPool(nn.Module):
         super().__init__(kernel_size, stride, padding, dilation, False, ceil_mode)
         self.correlation = correlation
         self.activation = _activation_name(activation)
-        kernel = per_axis(kernel_size, self._spatial)
-        bordered = ceil_mode or any(per_axis(padding, self._spatial))
-        self.table = _pool_table(kernel, bordered, activation, correlation)
+        self.table = _pool_table(self._spatial, self._windows(), activation, correlation)
+
+    def _windows(self) -> _Windows:
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        return normalized_max_pool(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.ceil_mode,
-            spatial=self._spatial,
-            table=self.table,
-        )
+        spatial = _spatial_dims(input, self._spatial)
+        return _max_pool(input, spatial, self._windows(), self.table)
 
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """The standardised maximum's signal, and ``1/std^2``."""
@@ -873,13 +885,16 @@ class AdaptiveMaxPool(nn.Module):
         self.values = _phi_values(activation)
 
     def forward(self, input: Tensor) -> Tensor:
-        return normalized_adaptive_max_pool(
-            input,
-            self.output_size,
-            correlation=self.correlation,
-            spatial=self._spatial,
-            values=self.values,
-        )
+        spatial = _spatial_dims(input, self._spatial)
+        return _adaptive_max_pool(input, spatial, self.output_size, self.values, self.correlation)
+
+    def constants_of(self, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """``1/std`` and ``-mean/std`` of each window of a map of these sizes, float64; shape () if all are alike."""
+        counts = _adaptive_products(sizes, per_axis(self.output_size, self._spatial))
+        table = _max_table(self.values, counts, self.correlation)
+        x = torch.ones((), dtype=torch.float64).expand(1, 1, *sizes)
+        scale, shift = _by_count(x, self._spatial, _adaptive_counts, table, self.output_size)
+        return (scale.view(-1)[0], shift.view(-1)[0]) if len(counts) == 1 else (scale, shift)
 
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """The standardised maximum's signal, and ``1/std^2``, of the largest window; needs ``shapes``."""

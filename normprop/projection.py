@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from normprop import kernels
 from normprop.merges import NormalizedAdd, NormalizedGate
 from normprop.modules import Handles, NormalizedActivation, NormPropLayer, check_model
-from normprop.rows import Geometry, _rows, parts, project_rows_, row_lengths, row_view
+from normprop.rows import Geometry, _rows, cache_slices, geometry_of, project_rows_, row_lengths, row_view
 
 
 def project_(model: nn.Module) -> None:
@@ -37,7 +36,7 @@ def project_(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, NormPropLayer) and module.weight.requires_grad:
             _check_owned(module)
-            weight, geometry = module.weight, (module.transposed, module.groups)
+            weight, geometry = module.weight, geometry_of(module)
             key = (module.rule.centered, weight.device, weight.dtype)
             together.setdefault(key, {})[id(weight)] = weight, geometry  # a shared weight once
     for (centered, *_), rows in together.items():
@@ -50,7 +49,7 @@ def attach_projection(
     model: nn.Module,
     trust_radius: float | None = None,
     orthogonal: bool = False,
-) -> RemovableHandle | Handles:
+) -> Handles:
     r"""Call :func:`project_` after every ``optimizer.step()``, as the paper does after every iteration.
 
     With ``trust_radius`` no step changes a NormProp unit by more than that, whatever the learning rate
@@ -130,7 +129,7 @@ def attach_projection(
             raise ValueError(
                 "orthogonal steps have the length trust_radius, got None; 0.02 suits batches of about 100"
             )
-        return optimizer.register_step_post_hook(lambda *_: project_(model))
+        return Handles((optimizer.register_step_post_hook(lambda *_: project_(model)),))
     _check_positive("trust_radius", trust_radius)
     half = [
         f"'{name}' is {layer.weight.dtype}"
@@ -278,10 +277,6 @@ class _Moved:
     before: dict[str, Tensor]
 
     @property
-    def geometry(self) -> Geometry:
-        return self.layer.transposed, self.layer.groups
-
-    @property
     def count(self) -> int:
         """How many units."""
         return len(self.layer.gain)
@@ -297,20 +292,20 @@ class _Moved:
         return measure(self.before[name], self.now[name])
 
     def lengths(self, old: Tensor, _: Tensor) -> Tensor:
-        return row_lengths(old, *self.geometry)
+        return row_lengths(old, *geometry_of(self.layer))
 
     def distances(self, old: Tensor, new: Tensor) -> Tensor:
         """How far each row moved; on a CPU in parts that a cache holds, as fresh memory is slow."""
-        slices = [] if self.layer.transposed else parts(old)
+        slices = [] if self.layer.transposed else cache_slices(old)
         if not slices:
-            return row_lengths(new - old, *self.geometry)
+            return row_lengths(new - old, *geometry_of(self.layer))
         return torch.cat([row_lengths(new[at] - old[at]) for at in slices])
 
     def make_orthogonal_(self, radius: float) -> None:
         """The weight's step, tangent to its rows, replaced by an orthogonal one of this length."""
         if "weight" in self.now:
             old, new = self.before["weight"], self.now["weight"]
-            step = orthogonal(_tangent(self.layer, old, new - old), *self.geometry)
+            step = orthogonal(_tangent(self.layer, old, new - old), *geometry_of(self.layer))
             torch.add(old, step, alpha=radius, out=new)
 
     def go_(self, share: Tensor) -> None:
@@ -318,8 +313,8 @@ class _Moved:
         for name, end in self.now.items():
             start, part = self.before[name], share.to(end.dtype)
             if name == "weight":
-                part = part.view(_rows(end, self.geometry).shape)
-                start, end = (row_view(t, *self.geometry) for t in (start, end))
+                part = part.view(_rows(end, geometry_of(self.layer)).shape)
+                start, end = (row_view(t, *geometry_of(self.layer)) for t in (start, end))
             torch.lerp(start, end, part, out=end)
 
 
@@ -361,7 +356,7 @@ def _wide(x: Tensor) -> Tensor:
 
 def _tangent(layer: Any, weight: Tensor, step: Tensor) -> Tensor:
     """A weight's step without what the projection takes away: rows' directions, and their means if centred."""
-    rows, moves = (_rows(t, (layer.transposed, layer.groups)) for t in (weight, step))
+    rows, moves = (_rows(t, geometry_of(layer)) for t in (weight, step))
     along = (rows.values * moves.values).sum(rows.dims, keepdim=True)
     square = (
         rows.values.square().sum(rows.dims, keepdim=True).clamp_min(torch.finfo(rows.values.dtype).tiny)

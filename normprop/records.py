@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 # Random in training; in eval mode they hand on what they get.
 DROPS = {
-    "dropout", "dropout2d", "alpha_dropout", "feature_dropout", "stochastic_depth", "Dropout", "Dropout1d",
+    "dropout", "dropout2d", "alpha_dropout", "feature_dropout", "Dropout", "Dropout1d",
     "Dropout2d", "Dropout3d", "AlphaDropout", "DropPath", "StochasticDepth",
 }  # fmt: skip
 # Operations that hand on each element of a map as it is, in another place, shape or type.
@@ -146,9 +148,8 @@ class SignalTrace:
         }
         text = json.dumps(_finite(value), indent=1, allow_nan=False)
         if path is not None:
-            temporary = _beside(Path(path))
-            temporary.write_text(text + "\n")
-            temporary.replace(path)
+            with whole(Path(path)) as file:
+                file.write_text(text + "\n")
         return text
 
     def plot(self, path: str | Path) -> None:
@@ -179,9 +180,8 @@ class SignalTrace:
         if details:
             _draw_fractions(axes[-1], pairs, details)
         _label_depth(axes, [record for record, _ in pairs], width)
-        temporary = _beside(Path(path))
-        figure.savefig(temporary, dpi=150)
-        temporary.replace(path)
+        with whole(Path(path)) as file:
+            figure.savefig(file, dpi=150)
 
 
 MEASURED, PREDICTED = "#d1495b", "#00798c"
@@ -288,9 +288,15 @@ def _number(record: Record, column: str) -> str:
     return f"{value:.3f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
 
 
-def _beside(path: Path) -> Path:
-    """Written first, so that a reader never finds half a file."""
-    return path.with_name("." + path.name)
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write that becomes ``path`` at the end; a reader, or a kill in the middle, finds the old one."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # with its suffix, which decides the format
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:

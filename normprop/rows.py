@@ -27,6 +27,11 @@ Geometry = tuple[bool, int]  # whether stored transposed, groups
 PART = 2**18  # numbers of a weight that a processor's own cache holds, with what is made of them
 
 
+def geometry_of(layer: Any) -> Geometry:
+    """How a layer, torch's or ours, stores its weight."""
+    return bool(getattr(layer, "transposed", False)), getattr(layer, "groups", 1)
+
+
 def row_view(weight: Tensor, transposed: bool = False, groups: int = 1) -> Tensor:
     """``weight`` with the output units on dims 0 and 2 if transposed, on dim 0 if not.
 
@@ -55,7 +60,7 @@ def row_lengths(weight: Tensor, transposed: bool = False, groups: int = 1) -> Te
 class _Rows(NamedTuple):
     """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie.
 
-    ``slices`` are its :func:`parts`, ``offset`` one number a row that is still to be subtracted, or None.
+    ``slices`` are its :func:`cache_slices`, ``offset`` one number a row that is still to be subtracted, or None.
     """
 
     values: Tensor
@@ -74,10 +79,10 @@ def _rows(weight: Tensor, geometry: Geometry) -> _Rows:
         groups, per_group, units = view.shape[:3]
         fan_in = per_group * math.prod(view.shape[3:])
         lie = (groups, 1, units, *[1] * (view.ndim - 3))
-        return _Rows(view, fan_in_dims(view, True), fan_in, lie, parts(view))
+        return _Rows(view, fan_in_dims(view, True), fan_in, lie, cache_slices(view))
     shape = view.shape
     lie = (shape[0], *[1] * (len(shape) - 1))
-    return _Rows(view, tuple(range(1, len(shape))), math.prod(shape[1:]), lie, parts(view))
+    return _Rows(view, tuple(range(1, len(shape))), math.prod(shape[1:]), lie, cache_slices(view))
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -111,7 +116,7 @@ def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
     return centered, means
 
 
-def parts(values: Tensor) -> list[slice]:
+def cache_slices(values: Tensor) -> list[slice]:
     """Slices of a weight's first dim that a processor's cache holds; none where all is done at once.
 
     On a CPU fresh memory is slower than arithmetic: of what several passes over a part make, none leaves the
@@ -242,8 +247,7 @@ def _along(numbers: Sequence[Numbers], counts: Sequence[int], like: Tensor) -> S
     if all(n == numbers[0] for n in numbers):
         return numbers[0]
     # Fake tensors, and those of a transform's level, must not outlive it.
-    passing = type(like) is not Tensor or in_forward_mode() or torch._C._functorch.peek_interpreter_stack()
-    make = _vectors.__wrapped__ if passing else _vectors
+    make = _vectors if is_plain(like) else _vectors.__wrapped__
     return make(tuple(numbers), tuple(counts), like.device, like.dtype)
 
 

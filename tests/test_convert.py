@@ -609,8 +609,6 @@ def test_without_batch_norm_nothing_happens():
 
 
 def test_bad_arguments():
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
-        convert("resnet18")
     with pytest.raises(TypeError, match=r"rule must be a normprop\.NormRule, such as .*, got 'paper'"):
         convert(network(), rule="paper")
     with pytest.raises(
@@ -710,6 +708,16 @@ def test_a_model_without_data():
     assert convert(model, example=torch.empty(1, 3, 13, 12)).model(
         torch.empty(2, 3, 13, 12, device="meta")
     ).shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8), normprop.NormalizedActivation("prelu", 8)]
+)
+def test_a_norm_behind_a_pool_without_data(norm):
+    layers = [C(3, 8), nn.MaxPool2d(2), norm, nn.PReLU(), C(8, 8), B(8)]
+    model = nn.Sequential(*layers).to("meta")
+    conversion = convert(model, example=torch.empty(1, 3, 13, 12), strict=True)
+    assert conversion.model(torch.empty(2, 3, 13, 12, device="meta")).shape == (2, 8, 6, 6)
 
 
 def test_functional_dropout_leaves_the_random_state_alone():

@@ -465,11 +465,6 @@ def test_an_output_that_is_cast_has_the_limit_of_what_computed_it():
     fold(net.float(), verify=x)
 
 
-def test_not_a_module():
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
-        fold("resnet18")
-
-
 # --- whole networks -----------------------------------------------------------------------------
 
 

@@ -583,7 +583,7 @@ class Converter:
     def skip_functional(self, path: str) -> None:
         self.skip(path, "F.batch_norm", "written as a function; use an nn.BatchNorm module")
 
-    def replaced(self, path: str, source: str, target: str) -> None:
+    def note_replaced(self, path: str, source: str, target: str) -> None:
         if all(site.path != path for site in self.report.replaced):  # both modes' graphs report it
             self.report.replaced.append(Site(path, source, target))
 

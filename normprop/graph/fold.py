@@ -392,8 +392,8 @@ class _Folder:
         """Whether an affine map of positive slope can come after a node as well as before it."""
         name = reading.operation_name(self.source, node)
         kind, adaptive, _ = reading.POOLS.get(name, ("", False, 0))
-        pools = kind == "max" or adaptive  # zero padding would take part in other averages
-        return (name in MOVES or name in ("getitem", "mean", "amax") or pools) and not _drops(node)
+        fits = kind == "max" or adaptive  # zero padding would take part in other averages
+        return (name in MOVES or name in ("getitem", "mean", "amax") or fits) and not _drops(node)
 
     def above(self, held: _Value, threshold: float) -> _Value:
         """``max(a * u + b, t) = a * max(u, (t - b) / a) + b`` for a above 0."""
@@ -426,27 +426,17 @@ class _Folder:
         before = shape(source)
         if before is None or not self.sized:
             raise FoldError(f"{node.target}: its constants depend on the input's size; pass verify=")
-        spatial = module._spatial
-        sizes = before[-spatial:]
-        x = torch.ones((), dtype=torch.float64).expand(1, 1, *sizes)
-        counts = pools._adaptive_counts(x, spatial, module.output_size).reshape(-1).round().long().tolist()
-        found = pools._max_table(module.values, tuple(counts), module.correlation)
-        table = {n: found[n] for n in set(counts)}
-        kind = {1: nn.AdaptiveMaxPool1d, 2: nn.AdaptiveMaxPool2d, 3: nn.AdaptiveMaxPool3d}[spatial]
+        kind = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)[module._spatial - 1]
         pooled = self.module(str(node.target), kind(module.output_size), self.value(source))
-        if len(table) == 1:
-            mean, std = table[counts[0]]
-            return _Value(pooled, 1 / std, -mean / std)
-        like = next((p for p in self.source.parameters()), x)
-        size = [n or own for n, own in zip(pools.per_axis(module.output_size, spatial), sizes, strict=True)]
+        constants = module.constants_of(before[-module._spatial :])
+        if constants[0].ndim == 0:
+            return _Value(pooled, *(float(c) for c in constants))
+        like = next(self.source.parameters(), constants[0])
         maps = [
-            self.buffer(
-                f"{node.target}_{name}",
-                torch.tensor([table[n][k] for n in counts], dtype=torch.float64).view(size).to(like),
-            )
-            for k, name in enumerate(("mean", "std"))
+            self.buffer(f"{node.target}_{name}", c.to(like))
+            for name, c in zip(("scale", "shift"), constants, strict=True)
         ]
-        return _Value(self.call(torch.div, self.call(torch.sub, pooled, maps[0]), maps[1]))
+        return _Value(self.call(torch.addcmul, maps[1], pooled, maps[0]))
 
     def weight_layer(self, node: fx.Node, layer: Any) -> _Value:
         """A linear map that takes in what waits before it; then the activation."""
@@ -501,11 +491,7 @@ class _Folder:
             # phi is homogeneous: 1/std went into the weight, -mean/std into the bias (see ``plain``).
             low = -mean / std
             if isinstance(low, float):
-                return (
-                    _Value(self.module(f"{path}_relu", nn.Threshold(low, low), y))
-                    if low
-                    else _Value(self.module(f"{path}_relu", nn.ReLU(), y))
-                )
+                return _Value(self.module(f"{path}_relu", nn.Threshold(low, low) if low else nn.ReLU(), y))
             level = self.buffer(f"{path}_low", functional.along(low, plain.weight, along))
             return _Value(self.call(torch.maximum, y, level))
         phi = activations.plain_module(activation).eval()
@@ -538,9 +524,7 @@ class _Folder:
     def activation_module(self, node: fx.Node, module: modules.NormalizedActivation) -> _Value:
         path = str(node.target)
         source = tensor_inputs(node)[0]
-        mean, std = functional.constants(
-            module.activation, module.rule, module.gain, module.bias, module.standard
-        )
+        mean, std = module.mean_std()
         if module.gain is not None and module.bias is not None:
             held = self.values[source]
             gain = module.gain.double()

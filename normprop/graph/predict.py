@@ -201,16 +201,12 @@ class Walk:
 
     def normalizes_data(self, node: fx.Node) -> bool:
         """Whether it is arithmetic on the data alone, which the model's author wrote to make them N(0, 1)."""
-        value = node.meta.get("value")
-        real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
-        return self.whole and real and reading.normalizes_data(self.graph_module, node)
+        return self.whole and _is_real(node) and reading.normalizes_data(self.graph_module, node)
 
     def _visit_end(self, node: fx.Node) -> None:
         self.roots[node] = frozenset([node])
         if node.op == "placeholder":
-            value = node.meta.get("value")
-            real = value is None or (isinstance(value, Tensor) and value.is_floating_point())
-            self.signals[node] = self.given.get(node, Signal.gaussian()) if real else None
+            self.signals[node] = self.given.get(node, Signal.gaussian()) if _is_real(node) else None
         elif node.op == "get_attr":
             tensor = reading.attribute(self.graph_module, node)
             real = isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.is_meta
@@ -372,9 +368,7 @@ class Walk:
                 channels = max(p.numel() for p in exact.parameters())
                 return exact(values[:, None].expand(-1, channels)).mean(1)
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return reading.call(self.graph_module, node, args, kwargs)
 
         probe = torch.linspace(-1, 1, 5, dtype=torch.float64)
         result = step(probe.clone())
@@ -481,8 +475,8 @@ class Walk:
         assert source is not None
         layer: Any = source[1]
         weight, bias, finish = effective(layer)
-        transposed = bool(getattr(layer, "transposed", False))
-        rows = functional.row_view(weight, transposed, getattr(layer, "groups", 1))
+        transposed, groups = functional.geometry_of(layer)
+        rows = functional.row_view(weight, transposed, groups)
         dims = functional.fan_in_dims(rows, transposed)
         length = torch.linalg.vector_norm(rows, dim=dims).flatten()
         total = rows.sum(dims).flatten()
@@ -558,10 +552,10 @@ class Walk:
         self, node: fx.Node, module: NormalizedActivation, source: fx.Node
     ) -> Result:
         signal = self._signal(source)
-        _, _, finish = effective(module)
-        ones = torch.ones(1, dtype=torch.float64)
-        gain = ones if module.gain is None else module.gain.detach().double().cpu()
-        bias = ones * 0 if module.bias is None else module.bias.detach().double().cpu()
+        gain, bias = _exact(module, "gain", module.initial_gain), _exact(module, "bias")
+        finish = _finish(module, gain, bias)
+        if gain is None or bias is None:
+            gain, bias = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         self._uneven(node, source, signal, lambda u: finish(u * gain + bias))
         result, passing, slope = through_channels(signal.values, signal.weights, gain, bias, finish)
         self.evens[node] = _even_share((gain * slope).square(), result, passing)
@@ -652,18 +646,16 @@ class Walk:
     def _norm(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         signal = self._signal(source)
         within = self.within[source] if source in self.channels else None
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        weight, bias = _exact(module, "weight", 1.0), _exact(module, "bias")
         one = torch.ones(1, dtype=torch.float64)
-        scale = one if weight is None else weight.detach().double().cpu().flatten()
-        shift = one * 0 if bias is None else bias.detach().double().cpu().flatten()
+        scale = one if weight is None else weight.flatten()
+        shift = one * 0 if bias is None else bias.flatten()
         size: Tensor | None = None  # by what a gradient is multiplied, if not by the scale
         unit = 1.0
         # Behind a weight layer each channel is Gaussian, however its channels differ.
         ready = Signal.gaussian() if within is not None else signal.standardized()
         if reading.is_batch_norm(module) and module.running_var is not None and not module.training:
-            means, variances = (
-                t.detach().double().cpu() for t in (module.running_mean, module.running_var)
-            )
+            means, variances = _exact(module, "running_mean"), _exact(module, "running_var", 1.0)
             size = scale / (variances + module.eps).sqrt()
             std = math.sqrt(float(variances.mean() + means.var(correction=0)))
             seen = not bool((means == 0).all() & (variances == 1).all())
@@ -678,8 +670,7 @@ class Walk:
                 unit = length**2
             scale = scale * math.sqrt(unit / (unit + (module.eps or 0.0)))
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
-        exact = None if act is None else copy.deepcopy(act).double().cpu()
-        finish = exact if exact is not None else _same
+        finish = _same if act is None else copy.deepcopy(activations.with_values(act)).double().cpu()
         if reading.is_batch_norm(module) and ready is not signal:
             self._set_channels(node, shift, scale, finish)
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
@@ -857,6 +848,12 @@ def _summed(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
     return math.prod(size for label, size in sizes.items() if label not in kept)
 
 
+def _is_real(node: fx.Node) -> bool:
+    """Whether it is a tensor of real numbers, as far as is known."""
+    value = node.meta.get("value")
+    return value is None or (isinstance(value, Tensor) and value.is_floating_point())
+
+
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float, bool, torch.Size)) or (
         isinstance(value, (tuple, list)) and not any(isinstance(v, Tensor) for v in value)
@@ -882,44 +879,43 @@ def _phase_sums(rows: Tensor, stride: Sequence[int]) -> Tensor:
     return torch.stack([part.flatten(2).sum(2).flatten() for part in parts])
 
 
+def _exact(owner: Any, name: str, start: float = 0.0) -> Any:
+    """A parameter or buffer in float64 on the CPU, None if there is none; without values it is all ``start``."""
+    tensor = getattr(owner, name, None)
+    if tensor is None:
+        return None
+    if tensor.is_meta:
+        return torch.full(tensor.shape, start, dtype=torch.float64)
+    return tensor.detach().double().cpu()
+
+
 def effective(layer: Any) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
     """The plain weight and bias that a weight layer applies, and what it does to their result.
 
     All in float64 on the CPU. The function takes shape (n, channels).
     """
-
-    def exact(t: Any) -> Any:
-        if t is not None and t.is_meta:  # without values: as a fresh layer has them
-            size = t.shape
-            if t is getattr(layer, "weight", None):
-                return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-            start = getattr(layer, "initial_gain", 1.0) if t is getattr(layer, "gain", None) else 0.0
-            return torch.full(size, start, dtype=torch.float64)
-        return None if t is None else t.detach().double().cpu()
-
-    gain: Any = exact(getattr(layer, "gain", None))
-    bias: Any = exact(layer.bias)
-    weight = exact(getattr(layer, "weight", None))
+    weight, bias = _exact(layer, "weight"), _exact(layer, "bias")
+    if layer.weight.is_meta:  # as a fresh layer has them
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(weight.shape, dtype=torch.float64, generator=generator)
     if not reading.is_normprop(layer):
-        assert weight is not None
         return weight, bias, _same
-    rule = layer.rule
-    if weight is None:  # NormalizedActivation
-        weight = torch.empty(0)
-    else:
-        assert gain is not None
-        weight = functional.scaled_weight(
-            weight, gain, layer.stretch, rule.centered, layer.transposed, layer.groups
-        )
-    activation = layer.activation
-    if activation is None:
-        return weight, bias, _same
-    activation = copy.deepcopy(activation).double().cpu()
+    gain = _exact(layer, "gain", layer.initial_gain)
+    row = (layer.rule.centered, *functional.geometry_of(layer))
+    weight = functional.scaled_weight(weight, gain, layer.stretch, *row)
+    return weight, bias, _finish(layer, gain, bias)
+
+
+def _finish(layer: Any, gain: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What a layer of ours does behind its gain and bias."""
+    if layer.activation is None:
+        return _same
+    activation = copy.deepcopy(activations.with_values(layer.activation)).double().cpu()
     one = not activations.is_learned(activation) and _alike(gain) and _alike(bias)
     own_gain, own_bias = (t[:1] if one and t is not None else t for t in (gain, bias))
     with torch.no_grad():
-        mean, std = functional.constants(activation, rule, own_gain, own_bias, layer.standard)
-    return weight, bias, _Finish(activation, mean, std)
+        mean, std = functional.constants(activation, layer.rule, own_gain, own_bias, layer.standard)
+    return _Finish(activation, mean, std)
 
 
 @dataclass(frozen=True)
@@ -978,14 +974,13 @@ def through_channels(
         coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))
         values, weights = coarse.values, coarse.weights
     y, slope = with_slope(function, values[:, None] * scale + shift)
-    spread = (weights / weights.sum())[:, None].expand_as(y) / y.shape[1]
+    spread = weights[:, None].expand_as(y) / y.shape[1]
     result = Signal.of(y, spread)
     nearest = torch.searchsorted(result.values, y.flatten()).clamp(max=len(result.values) - 1)
     squares = torch.zeros_like(result.values).index_add_(
         0, nearest, (spread * (slope * size).square()).flatten()
     )
-    mean_slope = (weights / weights.sum()) @ slope
-    return result, lambda density: float((squares * density).sum()), mean_slope
+    return result, lambda density: float((squares * density).sum()), weights @ slope
 
 
 _FEW_NODES = 257  # of a sum of few terms, from -8.5 to 8.5 of its standard deviations

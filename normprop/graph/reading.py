@@ -113,7 +113,7 @@ def module_of(graph_module: nn.Module, node: fx.Node) -> nn.Module | None:
     return graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-_FOREIGN = ("torch", "_operator", "builtins", "math", "operator", "einops")
+_SPELLED_BY_NAME = ("torch", "_operator", "builtins", "math", "operator", "einops")
 
 
 def key(node: fx.Node) -> str:
@@ -127,7 +127,7 @@ def key(node: fx.Node) -> str:
         return node.op
     name = getattr(node.target, "__name__", str(node.target))
     home = getattr(node.target, "__module__", None) or "torch"
-    if home.split(".")[0] not in _FOREIGN:
+    if package(home) not in _SPELLED_BY_NAME:
         return f"{home}.{name}"
     return _spelling(name)
 
@@ -295,6 +295,15 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def attribute(root: nn.Module, node: fx.Node) -> Any:
     """What a ``get_attr`` node reads."""
     return operator.attrgetter(str(node.target))(root)
+
+
+def call(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """What a node that calls something makes of these arguments."""
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def shape(node: Any) -> tuple[int, ...] | None:

@@ -114,14 +114,9 @@ class Flow:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.values[n])
         if "dropout" in key(node) and node.op == "call_function":
             return args[0]  # the constants are those of eval mode
-        if node.op == "call_module":
-            module = self.graph_module.get_submodule(str(node.target))
-            if isinstance(module, DATA_NORMS):
-                return args[0]  # the noise stands for what comes out of it
-            return module(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs) if node.op == "call_function" else None  # type: ignore[operator]
+        if isinstance(reading.module_of(self.graph_module, node), DATA_NORMS):
+            return args[0]  # the noise stands for what comes out of it
+        return None if node.op == "output" else reading.call(self.graph_module, node, args, kwargs)
 
     def moments(self, node: fx.Node) -> tuple[float, float] | None:
         """Mean and std of a node's map, measured if it can be; None if it is no map."""
@@ -168,7 +163,7 @@ class Rewriter:
         hidden: bool = False,
         rehearsed: dict[str, bool] | None = None,
     ) -> None:
-        self.owner, self.alone, self.hidden = converter, alone, hidden
+        self.converter, self.alone, self.hidden = converter, alone, hidden
         self.rehearsed = rehearsed
         self.decided: dict[str, bool] = {}
         self.graph_module = graph_module
@@ -182,9 +177,7 @@ class Rewriter:
         for node in self.nodes:
             if node.op == "call_module":
                 self.calls[str(node.target)].append(node)
-        self.gate_gain = self.branch_weight = 1.0
-        self.scaled: set[fx.Node] = set()
-        self.gated: set[fx.Node] = set()
+        self.starts: dict[fx.Node, float] = {}  # of sums and gates: the gain of the layer before
 
     def run(self) -> fx.GraphModule:
         chains = self.find_chains()
@@ -194,15 +187,17 @@ class Rewriter:
         else:
             self.rewrite_fresh(chains)
             if self.alone:
-                for path, kind in lighten_(self.graph_module, self.owner.new.values(), self.decide).items():
-                    self.owner.became(self.path(path), kind)
-            if self.flow.failure and self.flow.failure not in self.owner.report.notes:
-                self.owner.report.notes.append(self.flow.failure)
+                for path, kind in lighten_(
+                    self.graph_module, self.converter.new.values(), self.decide
+                ).items():
+                    self.converter.became(self.path(path), kind)
+            if self.flow.failure and self.flow.failure not in self.converter.report.notes:
+                self.converter.report.notes.append(self.flow.failure)
         inplace.write_nothing_in_place(self.graph_module)
         self.graph.eliminate_dead_code()
         for node in self.graph.nodes:
             node.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "is_wrapped")}
-        result = fx.GraphModule(self.graph_module, self.graph, type(self.owner.source).__name__)
+        result = fx.GraphModule(self.graph_module, self.graph, type(self.converter.source).__name__)
         self.graph.lint()
         # Tensors that the code makes are no part of its state.
         result._non_persistent_buffers_set |= {
@@ -239,7 +234,7 @@ class Rewriter:
         """The chains by their first node; a module that is called twice must stand in equal ones."""
         weights = [n for n in self.nodes if self.is_weight(n)]
         norms = [n for n in self.nodes if self.is_norm(n)]
-        gates = set() if self.preserve else {top for _, top in self.find_gates().values()}
+        gates = set() if self.preserve else {top for _, top in self.gates.values()}
         chains: dict[fx.Node, _Chain] = {}
         for node in weights:
             first = not self.behind_weight(tensor_inputs(node)[0])
@@ -306,7 +301,7 @@ class Rewriter:
             return False
         path, layer = source
         if reading.is_parametrized(layer):
-            self.owner.skip(
+            self.converter.skip(
                 self.path(path), layer, "its weight is parametrized; remove_parametrizations first"
             )
             return False
@@ -315,7 +310,7 @@ class Rewriter:
     def is_norm(self, node: fx.Node) -> bool:
         """Whether it is a BatchNorm that is converted; if it is left, that is reported."""
         if reading.is_functional_norm(node):
-            self.owner.skip_functional(self.path(reading.owner(node)))
+            self.converter.skip_functional(self.path(reading.owner(node)))
             return False
         norm: Any = self.module(node)
         if norm is None or not reading.is_batch_norm(norm):
@@ -336,11 +331,13 @@ class Rewriter:
                 "write that code so that torch.fx follows it, or convert with preserve=True"
             )
         if reason:
-            self.owner.skip(self.path(path), norm, reason)
+            self.converter.skip(self.path(path), norm, reason)
         return not reason
 
     def filtered(self, module: nn.Module, path: str) -> bool:
-        return self.owner.filter_fn is not None and not self.owner.filter_fn(module, self.path(path))
+        return self.converter.filter_fn is not None and not self.converter.filter_fn(
+            module, self.path(path)
+        )
 
     def fits(self, weight: fx.Node, norm: fx.Node) -> bool:
         """Whether BatchNorm's channels (dim 1) are the weight layer's output units."""
@@ -352,7 +349,8 @@ class Rewriter:
             return size is not None and len(size) == 2 and features == source[1].out_features
         return size is None or len(size) == len(source[1].kernel_size) + 2  # type: ignore[arg-type]
 
-    def find_gates(self) -> dict[fx.Node, tuple[int, fx.Node]]:
+    @functools.cached_property
+    def gates(self) -> dict[fx.Node, tuple[int, fx.Node]]:
         """Multiplications by a gate: (position of the gate among the arguments, its activation's node).
 
         A gate is a bounded activation of another map's weight layer, seen through views.
@@ -419,18 +417,18 @@ class Rewriter:
         source = tensor_inputs(head)[0]
         path = self.local(head)
         full = self.path(path)
-        if full not in self.owner.new:
+        if full not in self.converter.new:
             build = self.build_layer if chain.weight is not None else self.build_activation
             if not self.preserve and chain.data and chain.end is head:
                 build = self.build_data_norm
-            self.owner.new[full] = build(chain, head)
+            self.converter.new[full] = build(chain, head)
         if not self.preserve:
             source = self.ready(source)
         for called in self.calls:  # a layer whose forward calls modules of its own: padding, say
             if called.startswith(f"{path}."):
                 child = self.graph_module.get_submodule(called)
-                place(self.owner.new[full], called.removeprefix(f"{path}."), child)
-        place(self.graph_module, path, self.owner.new[full])
+                place(self.converter.new[full], called.removeprefix(f"{path}."), child)
+        place(self.graph_module, path, self.converter.new[full])
         with self.graph.inserting_before(head):
             rest, named = (head.args[1:], head.kwargs) if head.op == "call_module" else ((), {})
             named = {name: value for name, value in named.items() if name != "input"}
@@ -461,7 +459,7 @@ class Rewriter:
         name = phi if phi is None or isinstance(phi, str) else activations.name_of(phi)
         rule = getattr(target, "rule", None)
         details = [type(target).__name__, name, "centered" if rule is not None and rule.centered else None]
-        self.owner.replaced(self.path(path), source, ", ".join(filter(None, details)))
+        self.converter.note_replaced(self.path(path), source, ", ".join(filter(None, details)))
 
     def build_layer(self, chain: _Chain, head: fx.Node) -> nn.Module:
         source = reading.weight_source(self.graph_module, head)
@@ -486,17 +484,18 @@ class Rewriter:
                 nn.init.constant_(new.gain, new.initial_gain)
         self.hand_over(path, layer, chain.norm, new)
         if chain.norm is not None:
-            self.owner.absorbed.add(self.path(self.local(chain.norm)))
+            self.converter.absorbed.add(self.path(self.local(chain.norm)))
         if keep_hooks(layer, new) and (chain.norm is not None or chain.activation is not None):
-            self.owner.report.notes.append(
+            self.converter.report.notes.append(
                 f"hook on '{self.path(path)}' now sees the normalised, activated map"
             )
         self.record(path, name, new)
         return new
 
     def layer_rule(self, layer: Any, first: bool) -> NormRule:
-        geometry = getattr(layer, "transposed", False), getattr(layer, "groups", 1)
-        return self.owner.rule.at(functional.fan_in(layer.weight, *geometry), first)
+        return self.converter.rule.at(
+            functional.fan_in(layer.weight, *functional.geometry_of(layer)), first
+        )
 
     def fresh_weight(self, layer: Any) -> None:
         """Rows of length 1; a weight with a zero row (zero-initialised) is drawn anew."""
@@ -504,7 +503,7 @@ class Rewriter:
             if layer.weight.is_meta:
                 return
             layer.project_()
-            lengths = functional.row_lengths(layer.weight, layer.transposed, layer.groups)
+            lengths = functional.row_lengths(layer.weight, *functional.geometry_of(layer))
             if not bool((lengths > 0).all()):
                 layer.reset_parameters()
 
@@ -512,26 +511,26 @@ class Rewriter:
         """Which parameter took whose place, and requires_grad."""
         full = self.path(path)
         if hasattr(layer, "weight") and not reading.is_batch_norm(layer):
-            self.owner.moved[f"{full}.weight"] = f"{full}.weight"
+            self.converter.moved[f"{full}.weight"] = f"{full}.weight"
             if layer.bias is not None:
-                self.owner.moved[f"{full}.bias"] = f"{full}.bias" if norm is None else None
+                self.converter.moved[f"{full}.bias"] = f"{full}.bias" if norm is None else None
                 if norm is None and new.bias is not None:
                     new.bias.requires_grad_(layer.bias.requires_grad)
         if norm is None:
             return
         module: Any = self.module(norm)
-        place = self.path(self.local(norm))
+        where = self.path(self.local(norm))
         for theirs, ours in (("weight", "gain"), ("bias", "bias")):
             parameter = getattr(module, theirs)
             if parameter is not None and getattr(new, ours) is not None:
-                self.owner.moved[f"{place}.{theirs}"] = f"{full}.{ours}"
+                self.converter.moved[f"{where}.{theirs}"] = f"{full}.{ours}"
                 getattr(new, ours).requires_grad_(parameter.requires_grad)
 
     @torch.no_grad()
     def _preserved(self, kind: Any, layer: Any, norm: Any, activation: nn.Module | None) -> Any:
         new = kind.from_parent(layer, activation, _PRESERVE)
         gain, bias = _affine_of(norm)
-        length = functional.row_lengths(layer.weight.double(), new.transposed, new.groups)
+        length = functional.row_lengths(layer.weight.double(), *functional.geometry_of(new))
         if layer.bias is not None:
             bias = bias + gain * layer.bias.double()
         new.gain.copy_(gain * length / new.stretch)
@@ -541,10 +540,10 @@ class Rewriter:
     def build_activation(self, chain: _Chain, head: fx.Node) -> nn.Module:
         norm: Any = self.module(head)
         phi = chain.activation if chain.activation is not None else nn.Identity()
-        rule = _PRESERVE if self.preserve else self.owner.rule
+        rule = _PRESERVE if self.preserve else self.converter.rule
         like = norm.running_mean if norm.running_mean is not None else norm.weight
-        place = {} if like is None else {"device": like.device, "dtype": like.dtype}
-        new = modules.NormalizedActivation(phi, norm.num_features, rule, **place)
+        factory = {} if like is None else {"device": like.device, "dtype": like.dtype}
+        new = modules.NormalizedActivation(phi, norm.num_features, rule, **factory)
         name = self.chain_name(chain)
         if self.preserve:
             gain, bias = _affine_of(norm)
@@ -562,7 +561,7 @@ class Rewriter:
         norm: Any = self.module(head)
         path = self.path(str(head.target))
         if norm.running_mean is None or not norm.num_batches_tracked:
-            self.owner.report.notes.append(
+            self.converter.report.notes.append(
                 f"'{path}' normalised the data and has no statistics yet: data now pass as they are; put "
                 "normprop.GlobalDataNorm.fit(data) before the model"
             )
@@ -573,28 +572,21 @@ class Rewriter:
         result.mean.copy_(norm.running_mean.view(result.mean.shape))
         result.std.copy_((norm.running_var + norm.eps).sqrt().view(result.std.shape))
         for name, _ in norm.named_parameters():
-            self.owner.moved[f"{path}.{name}"] = None
-        self.owner.replaced(path, type(norm).__name__, "GlobalDataNorm")
+            self.converter.moved[f"{path}.{name}"] = None
+        self.converter.note_replaced(path, type(norm).__name__, "GlobalDataNorm")
         return result.to(norm.running_mean.device)
 
     # Fresh: everything between the layers -------------------------------------------------------
 
     def rewrite_fresh(self, chains: dict[fx.Node, _Chain]) -> None:
-        joins = self.find_joins()
-        self.depth = sum(trunk is not None for trunk in joins.values())
-        gates = self.find_gates()
-        self.branch_weight = 1 / math.sqrt(max(2, self.depth))
-        for node, trunk in joins.items():
-            chain = None if trunk is None else self.chain_before(node.args[1 - trunk], chains)
-            if chain is not None:
-                chain.start = self.branch_weight
-                self.scaled.add(node)
-        self.gate_gain = 1 / max(1, len(gates))
-        for node, (_, top) in gates.items():
-            chain = self.chain_before(tensor_inputs(top)[0], chains)
-            if chain is not None:
-                chain.start = self.gate_gain
-                self.gated.add(node)
+        joins, gates = self.find_joins(), self.gates
+        branches = {node: node.args[1 - trunk] for node, trunk in joins.items() if trunk is not None}
+        self.depth = max(2, len(branches))
+        small = {node: (before, 1 / math.sqrt(self.depth)) for node, before in branches.items()}
+        small |= {node: (tensor_inputs(top)[0], 1 / len(gates)) for node, (_, top) in gates.items()}
+        for node, (before, start) in small.items():
+            if (chain := self.chain_before(before, chains)) is not None:
+                chain.start = self.starts[node] = start
         phis = {top: reading.activation_of(top, self.module(top)) for _, top in gates.values()}
         inner = {n for c in chains.values() for n in (c.weight, c.norm, c.act)}
         for node in self.nodes:
@@ -668,17 +660,17 @@ class Rewriter:
             and isinstance(self.graph_module.get_submodule(where), reading.WEIGHT_LAYERS)
         ):
             where = where.rpartition(".")[0]
-        base = f"{where}.{name}" if where else name
+        base = below(where, name)
         ordinal = 0
         path = base
-        while self.owner.new.get(self.path(path)) is not None or has(self.graph_module, path):
+        while self.converter.new.get(self.path(path)) is not None or has(self.graph_module, path):
             ordinal += 1
-            known = self.owner.new.get(self.path(path))
+            known = self.converter.new.get(self.path(path))
             if known is not None and repr(known) == repr(module) and path not in self.calls:
                 module = known
                 break
             path = f"{base}_{ordinal}"
-        self.owner.new[self.path(path)] = module
+        self.converter.new[self.path(path)] = module
         self.calls[path] = []
         place(self.graph_module, path, module)
         if source:
@@ -735,12 +727,12 @@ class Rewriter:
             ends = [self.ready(n) for n in ends]
             module = merges.NormalizedAdd()
         else:
-            scaled = self.branch_weight if node in self.scaled else 1.0
+            scaled = self.starts.get(node, 1.0)
             if scaled == 1.0:
                 ends[1] = self.ready(ends[1])
             if self.decide("far", node, not 0.2 <= math.hypot(*there) <= 5.0):
                 ends[0], there = self.ready(ends[0]), (0.0, 1.0)
-            module = merges.NormalizedAdd.residual(max(2, self.depth), stds=(there[1], scaled))
+            module = merges.NormalizedAdd.residual(self.depth, stds=(there[1], scaled))
             merges.keep_in_state_dict(module, "stds")
         return self.replace(node, self.install(node, "add", module, "add"), tuple(ends))
 
@@ -749,7 +741,7 @@ class Rewriter:
         if any(self.flow.moments(n) is None for n in ends):
             return node
         ends[0] = self.ready(ends[0])
-        std = self.gate_gain if node in self.gated else 1.0
+        std = self.starts.get(node, 1.0)
         if std == 1.0:
             ends[1] = self.ready(ends[1])
         assert phi is not None
@@ -760,7 +752,7 @@ class Rewriter:
     def rewrite_pool(self, node: fx.Node) -> fx.Node:
         """A pool, an average over all positions or an upsampling as its normalised twin; else the node."""
         # Once it was called, a pool's place is taken by its twin.
-        module = self.owner.pools.get(self.path(str(node.target)), self.module(node))
+        module = self.converter.pools.get(self.path(str(node.target)), self.module(node))
         source = next(iter(tensor_inputs(node)), None)
         if source is None or self.flow.moments(source) is None:
             return node
@@ -772,10 +764,10 @@ class Rewriter:
         self.correlate(pool, source)
         if module is not None:
             path = str(node.target)
-            known = self.owner.new.get(self.path(path))
+            known = self.converter.new.get(self.path(path))
             if known is None:
-                self.owner.pools[self.path(path)] = module
-                self.owner.new[self.path(path)] = known = pool.train(module.training)
+                self.converter.pools[self.path(path)] = module
+                self.converter.new[self.path(path)] = known = pool.train(module.training)
                 keep_hooks(module, known)
                 self.record(path, name, known)
             if repr(known) == repr(pool):
@@ -816,7 +808,7 @@ class Rewriter:
         if len(self.calls[path]) > 1 or keep_hooks(module, new):
             path = self.install(node, "hidden_dropout", new, "Dropout")
         else:
-            self.owner.new[self.path(path)] = new
+            self.converter.new[self.path(path)] = new
             place(self.graph_module, path, new)
             self.record(path, "Dropout", new)
         return self.replace(node, path, (source,))

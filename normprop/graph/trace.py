@@ -27,6 +27,7 @@ from normprop.graph.reading import (
     WEIGHT_LAYERS,
     TraceError,
     attribute,
+    call,
     home_of_forward,
     is_batch_norm,
     is_normprop,
@@ -245,13 +246,7 @@ class _Tracer(fx.Tracer):
             return value.to("meta") if on_meta and isinstance(value, Tensor) else value
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-        if node.op == "call_module":
-            return self.shadow.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[operator]
-        return args[0]
+        return args[0] if node.op == "output" else call(self.shadow, node, args, kwargs)
 
 
 def as_inputs(example: Any, name: str = "example") -> tuple[Tensor, ...]:
@@ -297,7 +292,6 @@ def trace(
     model: nn.Module,
     example: Tensor | tuple[Tensor, ...] | None = None,
     leaves: tuple[str, ...] = OURS,
-    lengths: bool = True,
 ) -> fx.GraphModule:
     """``model`` as a graph; its modules are shared with ``model``, not copied.
 
@@ -306,8 +300,6 @@ def trace(
         example: An input, or a tuple of them; it gives each node's ``meta["value"]``, a tensor
             without data. None: guessed from the first weight layer (:func:`guess_example`).
         leaves: Our Python modules whose layers stay single nodes.
-        lengths: ``len(x)`` is a node, so that the graph serves batches of all sizes; the example's number, if
-            the code cannot go on with a node.
 
     Raises:
         TraceError: If torch.fx cannot follow the code.
@@ -331,6 +323,25 @@ def trace(
     if several and inputs is not None:
         raise TraceError(f"forward takes *{several[0]}, any number of inputs: give each a name")
     before = set(vars(model))
+    try:
+        return _traced(model, inputs, leaves, lengths=True)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"torch.fx cannot follow {type(model).__name__}: {type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}"
+            + ("" if example is not None else "; passing example= helps where code looks at shapes")
+        ) from error
+    finally:
+        for name in set(vars(model)) - before:  # fx leaves its constants on the model
+            delattr(model, name)
+
+
+def _traced(
+    model: nn.Module, inputs: tuple[Tensor, ...] | None, leaves: tuple[str, ...], lengths: bool
+) -> fx.GraphModule:
+    """With ``lengths``, ``len(x)`` is a node, so that the graph serves batches of all sizes; else a number."""
     fixed = _defaults(model, inputs)
     lost: set[str] = set()
     left: set[str] = set()
@@ -346,16 +357,10 @@ def trace(
             _proxies_seen_through(model, dropped, counted),
         ):
             graph = tracer.trace(model, concrete_args=fixed)
-    except Exception as error:
-        for name in set(vars(model)) - before:
-            delattr(model, name)
-        if counted:
-            return trace(model, example, leaves, lengths=False)
-        raise TraceError(
-            f"torch.fx cannot follow {type(model).__name__}: {type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else ''}"
-            + ("" if example is not None else "; passing example= helps where code looks at shapes")
-        ) from error
+    except Exception:
+        if not counted:
+            raise
+        return _traced(model, inputs, leaves, lengths=False)
     graph._tracer_cls = None  # unpickling would call it
     _drop_fixed_arguments(graph)
     name_what_is_written(model, graph)
@@ -378,8 +383,6 @@ def trace(
         path = str(node.target).rpartition(".")[0]
         if node.op == "get_attr" and path and isinstance(model.get_submodule(path), WEIGHT_LAYERS):
             place(result, path, model.get_submodule(path))
-    for name in set(vars(model)) - before:  # fx leaves its constants on the model
-        delattr(model, name)
     return result
 
 

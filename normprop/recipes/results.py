@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import normprop
+from normprop.records import whole
 
 try:
     import fcntl
@@ -59,17 +60,6 @@ def _commit() -> str | None:
         return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "normprop") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write that becomes ``path`` at the end; a reader, or a kill in the middle, finds the old one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ from normprop.recipes import InputError, check_choice, check_count, check_seed
 from normprop.recipes.data import Batches, ImageData, subset
 from normprop.recipes.hidden import observe_hidden
 from normprop.recipes.models import build
-from normprop.recipes.results import environment, output_folder, whole, write_json
+from normprop.recipes.results import environment, output_folder, write_json
+from normprop.records import whole
 
 RULES = {"paper": normprop.PAPER, "recommended": normprop.RECOMMENDED}
 DATA_NORMS = ("channel", "whitening", "global", "batch", "none")
