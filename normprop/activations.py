@@ -434,17 +434,17 @@ def _pieces(
     return (lambda u: row.phi(u, *values)), row.kinks(*values), closed
 
 
-def with_values(activation: nn.Module) -> nn.Module:
-    """The activation; in place of one on the meta device a fresh one, whose parameters are the default's."""
-    if not any(parameter.is_meta for parameter in activation.parameters()):
-        return activation
-    with torch.device("cpu"):
-        return type(activation)()
+def exact(activation: nn.Module) -> nn.Module:
+    """A copy in float64 on the CPU; of one on the meta device a fresh one, with the parameters it starts with."""
+    if any(parameter.is_meta for parameter in activation.parameters()):
+        with torch.device("cpu"):
+            return type(activation)().double()
+    return copy.deepcopy(activation).to("cpu", torch.float64)
 
 
 def of_one_variable(activation: nn.Module) -> Callable[[Tensor], Tensor]:
     """phi of a float64 vector on the CPU, with the parameters it has now; channels are averaged."""
-    phi = _pieces(copy.deepcopy(with_values(activation)).double().cpu())[0]
+    phi = _pieces(exact(activation))[0]
     return lambda u: phi(u).reshape(-1, u.shape[-1]).mean(0)
 
 

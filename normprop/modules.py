@@ -359,7 +359,7 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
     if activation is None:
         return 1.0
     with torch.no_grad():
-        jacobian = activations.moments(activations.with_values(activation)).jacobian
+        jacobian = activations.moments(activations.exact(activation)).jacobian
     jacobian = jacobian if isinstance(jacobian, float) else float(jacobian.mean())
     if jacobian == 0.0:
         raise ValueError(

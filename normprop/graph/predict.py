@@ -7,7 +7,6 @@ its inputs (docs/method.md, section 9). What has no rule is said to have none.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -362,11 +361,11 @@ class Walk:
         def step(values: Tensor) -> Tensor:
             values = values.clone()  # it may work in place
             if module is not None:
-                exact = copy.deepcopy(module).to("cpu", torch.float64)
-                if not activations.is_learned(exact):
-                    return exact(values)
-                channels = max(p.numel() for p in exact.parameters())
-                return exact(values[:, None].expand(-1, channels)).mean(1)
+                phi = activations.exact(module)
+                if not activations.is_learned(phi):
+                    return phi(values)
+                channels = max(p.numel() for p in phi.parameters())
+                return phi(values[:, None].expand(-1, channels)).mean(1)
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: values)
             return reading.call(self.graph_module, node, args, kwargs)
 
@@ -670,7 +669,7 @@ class Walk:
                 unit = length**2
             scale = scale * math.sqrt(unit / (unit + (module.eps or 0.0)))
         act = getattr(module, "act", None)  # timm's BatchNormAct2d
-        finish = _same if act is None else copy.deepcopy(activations.with_values(act)).double().cpu()
+        finish = _same if act is None else activations.exact(act)
         if reading.is_batch_norm(module) and ready is not signal:
             self._set_channels(node, shift, scale, finish)
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
@@ -910,7 +909,7 @@ def _finish(layer: Any, gain: Tensor | None, bias: Tensor | None) -> Callable[[T
     """What a layer of ours does behind its gain and bias."""
     if layer.activation is None:
         return _same
-    activation = copy.deepcopy(activations.with_values(layer.activation)).double().cpu()
+    activation = activations.exact(layer.activation)
     one = not activations.is_learned(activation) and _alike(gain) and _alike(bias)
     own_gain, own_bias = (t[:1] if one and t is not None else t for t in (gain, bias))
     with torch.no_grad():
