@@ -419,27 +419,37 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time of a step, as a ratio to ``none``, against batch size: a panel a setting, a line a norm."""
+    """Time of a step, as a ratio to ``none``, and its quartiles: a panel for each setting.
+
+    Against batch size, a line for each norm; with one batch size, side by side.
+    """
     panels: dict[str, list[Row]] = {}
     for row in result["rows"]:
         if row["status"] == "ok":
             mode = "CUDA graphs" if row["cudagraphs"] else "compiled" if row["compiled"] else "eager"
             key = f"{row['model']} x{row['width']:g}, {row['precision']}, {mode}, {row['rule']}"
             panels.setdefault(key, []).append(row)
-    columns = min(3, max(1, len(panels)))
+    columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))
     with new_figure(path, columns, lines, width=4.2, height=3.2) as (_, axes):
         for axis, (title, rows) in zip(axes.flat, panels.items(), strict=False):
+            sizes = sorted({row["batch_size"] for row in rows})
             for norm in dict.fromkeys(row["norm"] for row in rows):
                 mine = sorted((r for r in rows if r["norm"] == norm), key=lambda r: r["batch_size"])
-                at, middle = [r["batch_size"] for r in mine], [r["ratio"] for r in mine]
-                axis.plot(at, middle, marker="o", color=COLORS[norm], label=norm, linewidth=2)
-                low, high = zip(*(r["quartiles"] for r in mine), strict=True)
-                axis.fill_between(at, low, high, color=COLORS[norm], alpha=0.15)
-            sizes = sorted({row["batch_size"] for row in rows})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(sizes, [str(size) for size in sizes])
+                at = [r["batch_size"] if len(sizes) > 1 else norm for r in mine]
+                middle = [r["ratio"] for r in mine]
+                away = zip(*([abs(q - r["ratio"]) for q in r["quartiles"]] for r in mine), strict=True)
+                style = {"marker": "o", "color": COLORS[norm], "label": norm, "linewidth": 2}
+                axis.errorbar(at, middle, list(away), capsize=4, **style)
+            if len(sizes) > 1:
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(sizes, [str(size) for size in sizes])
+                axis.set_xlabel("batch size")
+                axis.legend(frameon=False)
+            else:
+                title += f", batch {sizes[0]}"
+                axis.margins(x=0.3)
             axis.set_title(title, fontsize=10)
-            axis.set_xlabel("batch size")
             axis.set_ylabel("time of a step / none")
-        axes.flat[0].legend(frameon=False)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_axis_off()

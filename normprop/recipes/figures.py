@@ -29,6 +29,7 @@ VARIANT_COLORS = {
     "normprop, paper, step .08": "#c2185b",
 }
 CUT = 10.0  # of hidden means: what diverged would hide all else
+TICKS = (-10, -3, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 3, 10)
 # Test error in percent, by data set and flips: Arpit et al. 2016, table 1.
 PAPER_ERRORS = {
     ("cifar10", False): {"normprop, paper": 9.11, "batch": 9.41},
@@ -153,20 +154,23 @@ def hidden_mean(result: Row, path: Path) -> None:
             axes[1, column].set_xlabel("epoch")
             for axis in axes[:, column]:
                 axis.xaxis.get_major_locator().set_params(integer=True)
-        bounds = [axis.get_ylim() for axis in axes[0]]
-        limit = min(CUT, max(abs(end) for pair in bounds for end in pair))
+        for axis in axes.flat:  # linear up to .5, logarithmic beyond: what drifts far hides nothing
+            axis.set_yscale("symlog", linthresh=0.5, linscale=1.5)
+        bounds = [[max(-CUT, min(CUT, end)) for axis in row for end in axis.get_ylim()] for row in axes]
+        for row, ends in zip(axes, bounds, strict=True):
+            for axis in row:
+                axis.set_ylim(min(0, *ends), max(ends))
+                axis.set_yticks([t for t in TICKS if min(0, *ends) <= t <= max(ends)])
+                axis.yaxis.set_major_formatter("{x:g}")
         for axis in axes[0]:
-            axis.set_ylim(-limit, limit)
             axis.axhline(0, color="black", linewidth=0.8)
-        top = min(CUT, max(axis.get_ylim()[1] for axis in axes[1]))
-        for axis in axes[1]:
-            axis.set_ylim(0, top)
         axes[0, 0].set_ylabel("mean of one unit (seed 0)")
         axes[1, 0].set_ylabel("|mean|, average over units")
         axes[0, -1].legend(frameon=False, fontsize=7, ncols=2)
         figure.suptitle(
             _title(
-                result, f"means of hidden layers' inputs (to {CUT:g}), 1,000 training images, eval mode"
+                result,
+                f"means of hidden layers' inputs (shown up to {CUT:g}), 1,000 training images, eval mode",
             ),
             fontsize=10,
         )
