@@ -86,7 +86,7 @@ class Activation:
         functions: Torch functions that mean it, with default parameters.
         arguments: How the name alone is built: arguments of ``module``.
         negative_slope: From the parameters to a, for functions ``z if z > 0 else a*z`` with a in [0, 1];
-            such layers need no operation for their constants (docs/method.md, section 4).
+            their constants are folded into weight and bias (docs/method.md, section 4).
     """
 
     name: str

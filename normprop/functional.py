@@ -163,7 +163,7 @@ class _Rectify(torch.autograd.Function):
     @staticmethod
     def forward(y: Tensor, threshold: Tensor | float, slope: float, inplace: bool) -> Tensor:
         if inplace and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or in_forward_mode()):
-            # A linear map's output, which nothing else has seen: nobody misses it, nobody kept it.
+            # Safe: y is a linear map's fresh output, which no other code holds.
             # mark_dirty would say so, but neither vmap nor the compiler takes it.
             y = y.detach()
             if slope == 0.0:
@@ -440,7 +440,7 @@ class Arrangement:
     Attributes:
         groups: Which are scaled in one node.
         ready: What is known of each before.
-        lasting: Whether it holds for as long as the layers' :func:`signature` stays.
+        lasting: Whether it can be used again while the layers' :func:`signature` stays.
     """
 
     def __init__(self, layers: Sequence[Parameters]) -> None:

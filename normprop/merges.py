@@ -201,7 +201,7 @@ class NormalizedAdd(nn.Module):
         if not self.training or self.drop_prob == 0:
             return total
         # A dropped sample keeps its trunk: the step away from it is what is dropped. feature_dropout
-        # drops whole channels, which the samples are behind one more dim.
+        # drops whole channels; with one more dim in front, the samples are the channels.
         trunk = branches[0] if self.stds[0] == 1.0 else branches[0] / self.stds[0]
         step = torch.feature_dropout((total - trunk).unsqueeze(0), self.drop_prob, True).squeeze(0)
         return torch.add(trunk, step, alpha=1 - self.drop_prob)
@@ -495,7 +495,7 @@ class Standardize(nn.Module):
 
 
 class RectifiedSum(nn.Module):
-    """``max(ratio * trunk + branch, low)``: a residual sum and its ReLU, on inputs that are scaled to need no more.
+    """``max(ratio * trunk + branch, low)``: a residual sum and its ReLU, whose inputs carry the constants.
 
     :func:`normprop.convert` makes it of a :class:`NormalizedAdd`, a ReLU and the :class:`Standardize` that
     reads them, whose constants go into the layers around (docs/method.md, section 12).
@@ -536,7 +536,7 @@ class RectifiedSum(nn.Module):
 
 
 class ShiftedReLU(nn.Module):
-    """``max(x, low)``: a normalised ReLU that reads a trunk, on an input that is scaled to need no more.
+    """``max(x, low)``: a normalised ReLU that reads a trunk, whose input carries the constants.
 
     :func:`normprop.lighten` makes it of a :class:`~normprop.NormalizedActivation`, whose constants go into
     the layers around (docs/method.md, section 12). For its backward it keeps its output alone.
@@ -574,7 +574,8 @@ class ShiftedReLU(nn.Module):
 def keep_in_state_dict(module: nn.Module, *names: str) -> None:
     """Numbers that were measured go with the weights: the state dict's ``constants``, float64.
 
-    The module's own ``constants`` are their names: distributed checkpoints look for an attribute behind every key.
+    The module's attribute ``constants`` holds their names; it is there because distributed checkpoints look for an
+    attribute behind every key of a state dict.
 
     Args:
         module: Any module of ours.

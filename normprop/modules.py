@@ -51,7 +51,7 @@ class NormPropLayer(_Activated):
     groups: int = 1
     transposed: bool = False
     stride: tuple[int, ...]
-    factor: float = 1.0  # on ``W x``: of maps whose std is known to be another than 1 (normprop.convert)
+    factor: float = 1.0  # on ``W x``, where the input's std is known and not 1 (set by convert and lighten)
     initial_bias: float = 0.0
     channel_dim: int
     _parent: Callable[..., Any]

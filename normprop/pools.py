@@ -105,8 +105,8 @@ def _pool_counts(
 def _adaptive_counts(x: Tensor, spatial: int, output_size: int | Sequence[int | None]) -> Tensor:
     """Elements in each window of an adaptive pool, shape of one output map.
 
-    Of L positions the i-th of n windows has those from floor(i L/n) to before ceil((i + 1) L/n). Half a unit
-    of i L away from whole numbers rounding does no harm.
+    Of L positions the i-th of n windows has those from floor(i L/n) to before ceil((i + 1) L/n). The halves
+    keep the quotients off whole numbers, so that rounding cannot move floor or ceil.
     """
     lines = []
     for axis, size in enumerate(per_axis(output_size, spatial)):

@@ -82,8 +82,8 @@ def attach_projection(
             with momentum (``torch.optim.SGD(..., momentum=0.9, nesterov=True)``).
 
     Returns:
-        A handle; ``handle.remove()`` ends it. A copy of the optimizer (``copy.deepcopy``) has no hooks, so
-        that it is attached anew.
+        A handle; ``handle.remove()`` ends it. A deep copy of the optimizer has no hooks: call this
+        for it again.
 
     Raises:
         ValueError: If the model has no NormProp layer, or one whose weight is no parameter of its own

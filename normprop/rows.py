@@ -58,7 +58,7 @@ def row_lengths(weight: Tensor, transposed: bool = False, groups: int = 1) -> Te
 
 
 class _Rows(NamedTuple):
-    """A weight's row view in at least float32, the dims of one row, its length and how per-row numbers lie.
+    """A weight's row view in at least float32, the dims and size of one row, and the shape of per-row numbers.
 
     ``slices`` are its :func:`cache_slices`, ``offset`` one number a row that is still to be subtracted, or None.
     """
@@ -119,7 +119,7 @@ def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
 def cache_slices(values: Tensor) -> list[slice]:
     """Slices of a weight's first dim that a processor's cache holds; none where all is done at once.
 
-    On a CPU fresh memory is slower than arithmetic: of what several passes over a part make, none leaves the
+    On a CPU fresh memory is slower than arithmetic: part by part, what several passes make stays in the
     cache. Where the work is traced, transformed or to be differentiated nothing may be written in place.
     """
     if torch.is_grad_enabled() or not is_plain(values):
@@ -172,8 +172,8 @@ def _lengths(rows: Sequence[_Rows], means: Sequence[Tensor]) -> Tensor:
 class _Positional(inspect.Signature):
     """``bind`` for calls with all arguments in their place.
 
-    ``autograd.Function.apply`` reads and binds forward's signature at every call, which takes longer
-    than the work on a small layer.
+    ``autograd.Function.apply`` reads and binds forward's signature at every call; for a small layer that
+    costs more than the layer itself.
     """
 
     def bind(self, *args: Any, **_: Any) -> Any:

@@ -380,7 +380,7 @@ def calibration(model: nn.Module, example: Any) -> tuple[Tensor, ...] | None:
     sizes = {len(x) for x in given}
     largest = max(x[:1].numel() for x in given)
     wanted = min(_SAMPLES, max(_REHEARSAL, _ELEMENTS // max(1, largest)))
-    # More samples than the example's say more; where some inputs are the example's own, these are repeated.
+    # At least ``wanted`` samples: noise is drawn, an example's own inputs are repeated.
     times = 1 if all(kept) or len(sizes) > 1 else -(-wanted // max(1, *sizes))
     inputs = []
     for x, keep in zip(given, kept, strict=True):

@@ -69,8 +69,8 @@ def predict(model: nn.Module, example: Any) -> SignalTrace:
         example: An input, or a tuple of them; only shapes are read. Code that torch.fx cannot follow runs on it.
 
     Returns:
-        :class:`SignalTrace`: a record a node. Where torch.fx cannot follow the model's own code: one a node of
-        its parts, each taken to read N(0, 1), gradients being those of the part's own output.
+        :class:`SignalTrace`: a record for each node. Where torch.fx cannot follow the model's own code: one for
+        each node of its parts, each part taken to read N(0, 1), gradients being those of the part's own output.
 
     Raises:
         TraceError: If torch.fx can follow neither the code nor any part.
@@ -121,7 +121,7 @@ class Walk:
 
     def __init__(self, graph_module: fx.GraphModule, drops: bool = True, whole: bool = True) -> None:
         self.graph_module = graph_module
-        self.drops = drops  # whether dropout in training mode does
+        self.drops = drops  # whether dropout in training mode counts as dropping
         self.whole = whole  # whether the graph's inputs are the data, not what code around it made
         self.given: dict[fx.Node, Signal] = {}  # what the graph's inputs are, if not N(0, 1)
         self.signals: dict[fx.Node, Signal | None] = {}
@@ -130,9 +130,9 @@ class Walk:
         self.energies: dict[fx.Node, Tensor] = {}
         # How a gradient's share of each position passes to the input's, of mean 1 if it was even.
         self.spreads: dict[fx.Node, Callable[[Tensor], Tensor]] = {}
-        # Of a gradient that is the same at all positions: what share of it is so at the input too.
+        # Of a gradient's part that is the same at all positions: the share that is so at the input too.
         self.evens: dict[fx.Node, float | dict[fx.Node, float]] = {}
-        # What it adds where the taps of a sum of few terms overlap, over the input's values.
+        # The gradient that overlapping taps of a layer with few inputs add, over the input's values.
         self.overlaps: dict[fx.Node, Tensor] = {}
         self.notes: dict[fx.Node, str] = {}
         # Mean and std of each channel, where it is Gaussian: behind weight layers and BatchNorm.

@@ -150,7 +150,7 @@ class Rewriter:
 
     Args:
         alone: Whether no other code calls its modules.
-        hidden: Whether it reads what other parts, converted before, make of the data.
+        hidden: Whether its input comes from parts that were already converted.
     """
 
     def __init__(

@@ -390,10 +390,10 @@ def _traced(
 def _proxies_seen_through(
     model: nn.Module, dropped: set[str], counted: set[fx.Node] | None
 ) -> Iterator[None]:
-    """Code that asks whether it got a tensor, or several, is told what a proxy stands for.
+    """``isinstance(x, Tensor)`` and ``len(x)`` answer as for the tensor that a proxy stands for.
 
-    ``isinstance``, and a ``len`` that is a node as ``x.size(0)`` is, are given to the Python packages of the
-    model's classes. (A proxy's ``__class__`` would reach torch's C++ too, which crashes on a tensor that is none.)
+    They are given to the Python packages of the model's classes; a ``len`` is a node, as ``x.size(0)`` is. (A
+    proxy's ``__class__`` would reach torch's C++ too, which crashes on a tensor that is none.)
     Activation checkpointing is left out there.
 
     Args:
