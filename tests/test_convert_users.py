@@ -444,10 +444,13 @@ def test_a_norm_of_the_data_becomes_a_data_norm():
     ).double()
     fresh = convert(model, example=data)
     assert "'0' normalised the data and has no statistics yet" in " ".join(fresh.notes)
+    torch.testing.assert_close(fresh.model.get_submodule("0")(data), data)
     for _ in range(60):
         model(data)
     conversion = convert(model, strict=True, example=data)
     assert not conversion.notes
+    fresh.model.load_state_dict(conversion.model.state_dict())  # with the statistics
+    torch.testing.assert_close(fresh.model(data), conversion.model(data))
     end = conversion.model.get_submodule("0")
     assert isinstance(end, normprop.GlobalDataNorm)
     torch.testing.assert_close(end.mean, data.mean(0), rtol=5e-3, atol=0)

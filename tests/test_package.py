@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -130,6 +131,19 @@ def test_everything_public_is_documented():
 def test_what_is_no_module_is_refused(function):
     with pytest.raises(TypeError, match=r"^model must be an nn.Module, got int"):
         function(3)
+
+
+def test_what_is_imported_while_a_model_is_traced_finds_math_as_it_is():
+    """torch imports its compiler when it first needs it; its rules for math would hold for fx's wrappers."""
+    code = """
+        import math, torch, normprop
+        from torch import nn
+        net = normprop.convert(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8))).model
+        assert "torch._dynamo" in __import__("sys").modules  # else this tests nothing
+        torch.compile(net, backend="eager", fullgraph=True)(torch.randn(4, 8))
+        torch.compile(lambda x: x * math.prod((2, 3)), backend="eager", fullgraph=True)(torch.ones(1))
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], check=True)
 
 
 def test_the_compiler_is_not_imported():

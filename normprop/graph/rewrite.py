@@ -557,24 +557,25 @@ class Rewriter:
         return new.train(norm.training)
 
     def build_data_norm(self, chain: _Chain, head: fx.Node) -> nn.Module:
-        """A GlobalDataNorm with the statistics that a BatchNorm on the data has gathered."""
+        """A GlobalDataNorm with the statistics that a BatchNorm on the data has gathered, if it has."""
         norm: Any = self.module(head)
         path = self.path(str(head.target))
-        if norm.running_mean is None or not norm.num_batches_tracked:
+        size = shape(head)
+        spatial = len(size) - 2 if size else 2 * isinstance(norm, nn.BatchNorm2d)
+        result = GlobalDataNorm((norm.num_features, *[1] * spatial))
+        if norm.running_mean is not None and norm.num_batches_tracked:
+            result.mean.copy_(norm.running_mean.view(result.mean.shape))
+            result.std.copy_((norm.running_var + norm.eps).sqrt().view(result.std.shape))
+        else:
             self.converter.report.notes.append(
                 f"'{path}' normalised the data and has no statistics yet: data now pass as they are; put "
                 "normprop.GlobalDataNorm.fit(data) before the model"
             )
-            return self.build_activation(chain, head)
-        size = shape(head)
-        spatial = len(size) - 2 if size else 2 * isinstance(norm, nn.BatchNorm2d)
-        result = GlobalDataNorm((norm.num_features, *[1] * spatial))
-        result.mean.copy_(norm.running_mean.view(result.mean.shape))
-        result.std.copy_((norm.running_var + norm.eps).sqrt().view(result.std.shape))
         for name, _ in norm.named_parameters():
             self.converter.moved[f"{path}.{name}"] = None
         self.converter.note_replaced(path, type(norm).__name__, "GlobalDataNorm")
-        return result.to(norm.running_mean.device)
+        tensors = [*norm.parameters(), *norm.buffers(), *self.graph_module.parameters(), result.mean]
+        return result.to(tensors[0].device)
 
     # Fresh: everything between the layers -------------------------------------------------------
 

@@ -98,6 +98,7 @@ class _Concrete:
 
 
 _MISSING: Any = object()
+_MATH = dict(vars(math))  # as it is; while fx traces it has wrappers in it
 
 
 class _Proxy(_Concrete, fx.Proxy):
@@ -145,13 +146,25 @@ class _Tracer(fx.Tracer):
         # Shapes alone are wanted: the meta device computes nothing.
         self.shadow = None if inputs is None else copy.deepcopy(model).to("meta").eval()
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """Code that computes, among code that is traced; random numbers and ``math`` are left as they were.
+
+        What is imported meanwhile (the compiler, by torch's own code) must not find fx's wrappers in ``math``.
+        """
         before, self.evaluating = self.evaluating, True
+        wrapped = dict(vars(math))
+        vars(math).update(_MATH)
         try:
             with torch.random.fork_rng(devices=[]):
-                return self._is_leaf(m, module_qualified_name)
+                yield
         finally:
+            vars(math).update(wrapped)
             self.evaluating = before
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        with self._evaluation():
+            return self._is_leaf(m, module_qualified_name)
 
     def _is_leaf(self, m: nn.Module, path: str) -> bool:
         return (
@@ -214,17 +227,14 @@ class _Tracer(fx.Tracer):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             self.contexts.add("torch.autocast()")
         if self.shadow is not None:
-            self.evaluating = True
             try:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                with self._evaluation(), torch.no_grad():
                     try:
                         node.meta["value"] = self._evaluate(node)
                     except RuntimeError:  # a tensor that the code makes has values, the rest are on meta
                         node.meta["value"] = self._evaluate(node, on_meta=True)
             except Exception as error:
                 node.meta["error"] = f"{type(error).__name__}: {error}"
-            finally:
-                self.evaluating = False
         return node
 
     def _evaluate(self, node: fx.Node, on_meta: bool = False) -> Any:
