@@ -431,16 +431,17 @@ class NormalizedGate(nn.Module):
             raise ValueError(f"phi must not be 0 everywhere, got {activations.name_of(self.phi)}")
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return normalized_gate(x, z, self.phi, self._rms())
+        return normalized_gate(x, z, self.phi, self.root_mean_square())
 
-    def _rms(self) -> Any:
+    def root_mean_square(self) -> Any:
+        """Of ``phi(z)``: a number, or a tensor if phi has parameters."""
         return _gate_rms(self.phi, self.std) if self.rms is None else self.rms
 
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """For (x, z): the product's signal, E[(phi/rms)^2], and E[x^2] E[phi'^2]/rms^2."""
         x, z = signals
         with torch.no_grad():
-            rms = float(torch.as_tensor(self._rms()).mean())
+            rms = float(torch.as_tensor(self.root_mean_square()).mean())
         gate, slope = z.apply(activations.of_one_variable(self.phi))
         return x.times(gate.affine(1 / rms)), ((gate.rms / rms) ** 2, x.rms**2 * slope / rms**2)
 

@@ -1073,3 +1073,50 @@ def test_a_layer_that_returns_nothing_and_bytes_at_the_data_end():
 def test_the_larger_of_two_maps_has_no_rule(code):
     model = Code(lambda self, x: code(self.a(x), self.b(x)), a=nn.Linear(64, 64), b=nn.Linear(64, 64))
     assert predict(model, randn(8, 64))[-1].note.startswith("no rule for")
+
+
+# --- a gradient that depends on the value it meets ------------------------------------------------
+
+BETWEEN = {
+    "activation": (lambda s, a, b: s.m(0.9 * a + 0.5 * b), normprop.NormalizedActivation("relu")),
+    "its own gains": (lambda s, a, b: s.m(0.9 * a + 0.5 * b), normprop.NormalizedActivation("relu", 16)),
+    "group norm": (lambda s, a, b: F.relu(s.m(a)), nn.GroupNorm(1, 16)),
+    "group norm, a function": (lambda s, a, b: F.relu(F.group_norm(a, 1)), None),
+    "with weights": (lambda s, a, b: F.relu(F.group_norm(a, 1, s.m.weight, s.m.bias)), nn.GroupNorm(1, 16)),
+    "max pool": (lambda s, a, b: F.relu(s.m(a)), nn.MaxPool2d(3, 2, 1)),
+    "minimum": (lambda s, a, b: -F.relu(F.max_pool2d(-b, 2)), None),
+    "normalised max pool": (lambda s, a, b: s.m(a), NormalizedMaxPool2d(2)),
+    "largest of all": (lambda s, a, b: F.relu(s.m(a)), normprop.NormalizedAdaptiveMaxPool2d(4)),
+    "average": (lambda s, a, b: F.relu(s.m(a)), nn.AvgPool2d(2)),
+    "normalised average": (lambda s, a, b: F.relu(s.m(a)), normprop.NormalizedAvgPool2d(2)),
+    "concat": (lambda s, a, b: F.relu(torch.cat([a, b], 1)), None),
+    "weighted concat": (lambda s, a, b: F.relu(s.m(a, b)), normprop.NormalizedCat(1, (1.0, 2.0))),
+    "product": (lambda s, a, b: F.relu(a * torch.sigmoid(b)), None),
+    "quotient": (lambda s, a, b: F.relu(a / (b.abs() + 1)), None),
+    "gate": (lambda s, a, b: F.relu(s.m(a, b)), normprop.NormalizedGate("silu")),
+    "glu": (lambda s, a, b: F.relu(F.glu(torch.cat([a, b], 1), 1)), None),
+    "dropout": (lambda s, a, b: F.relu(s.m(a)), nn.Dropout(0.5)),
+    "normalised dropout": (lambda s, a, b: F.relu(s.m(a)), normprop.NormalizedDropout(0.5)),
+    "padding": (lambda s, a, b: F.relu(F.pad(a, (4, 4, 4, 4))), None),
+    "copies": (lambda s, a, b: F.relu(F.interpolate(a, scale_factor=2)), None),
+    "normalised copies": (lambda s, a, b: F.relu(s.m(a)), normprop.NormalizedUpsample(scale_factor=2)),
+    "one number a channel": (lambda s, a, b: F.relu(a + b.mean((2, 3), keepdim=True)), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_passed_a_rectifier_passes_the_next(name):
+    function, module = BETWEEN[name]
+
+    def conv(activation, inputs=16):
+        like = {"padding": 1, "padding_mode": "circular", "activation": activation, "rule": RECOMMENDED}
+        return NormPropConv2d(inputs, 16, 3, **like)
+
+    torch.manual_seed(0)
+    wide = 32 if "concat" in name else 16
+    net = Code(
+        lambda s, x: s.end(function(s, s.a(x), s.b(x))),
+        a=conv("relu"), b=conv("gelu"), end=conv(None, wide), m=copy.deepcopy(module) or nn.Identity(),
+    )  # fmt: skip
+    seen = normprop.measure(net.train(), randn(32, 16, 16, 16))
+    assert seen.predicted["x"].gradient == pytest.approx(seen["x"].gradient, rel=0.08)

@@ -23,7 +23,14 @@ from normprop import activations, functional, pools
 from normprop.data_norm import DATA_NORMS
 from normprop.graph import reading, trace as tracing
 from normprop.graph.reading import argument, key, shape, tensor_inputs
-from normprop.merges import NormalizedAdd, RectifiedSum, ShiftedReLU, Standardize
+from normprop.merges import (
+    NormalizedAdd,
+    NormalizedCat,
+    NormalizedGate,
+    RectifiedSum,
+    ShiftedReLU,
+    Standardize,
+)
 from normprop.modules import NormalizedActivation, check_model
 from normprop.records import LAYOUT, Record, SignalTrace
 from normprop.signal import Signal, gaussian_nodes, with_slope
@@ -239,14 +246,22 @@ class Walk:
             return self._through(node, self._signal(inputs[0]), lambda values: values.clamp_min(module.low))
         if isinstance(module, NormalizedAdd):
             return self._normalized_add(node, module, inputs)
+        if isinstance(module, NormalizedGate):
+            self._check_correlation(node, inputs)
+            phi = activations.of_one_variable(module.phi)
+            with torch.no_grad():
+                rms = float(torch.as_tensor(module.root_mean_square()).mean())
+            x, z = (self._signal(n) for n in inputs)
+            return _product(x, z, lambda values: phi(values) / rms)[:2]
         return self._declared(node, module, inputs) if hasattr(module, "propagate") else None
 
     def _rule_of_torch(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result:
         what, first = key(node), inputs[0]
         single = len(inputs) == len(tensor_inputs(node)) == 1
         if self.drops and (dropped := _drop_share(node, module)):
-            kept = self._signal(first).affine(1 / (1 - dropped))
-            return Signal.mixture([kept, Signal.constant(0.0)], [1 - dropped, dropped]), [1 / (1 - dropped)]
+            signal, scale = self._signal(first), 1 / (1 - dropped)
+            result = Signal.mixture([signal.affine(scale), Signal.constant(0.0)], [1 - dropped, dropped])
+            return result, [_of_some(signal.values * scale, scale, result)]
         if (name := reading.operation_name(self.graph_module, node)) in LAYOUT:
             if name in _SAME_PLACES:
                 origin, function = self.origin.get(first, (first, _same))
@@ -275,15 +290,15 @@ class Walk:
         if isinstance(module, (nn.Softmax, nn.LogSoftmax)) or what in ("softmax", "log_softmax"):
             return self._softmax(node, module, first)
         if isinstance(module, nn.GLU) or what == "glu":
-            gate, slope = self._signal(first).apply(torch.sigmoid)
-            return self._signal(first).times(gate), [gate.rms**2 + self._signal(first).rms ** 2 * slope]
+            result, (to_map, to_gate), _ = _product(self._signal(first), self._signal(first), torch.sigmoid)
+            return result, [lambda density: to_map(density) + to_gate(density)]
         if what in ("matmul", "einsum") and len(inputs) == 2:
             return self._matmul(node, what, inputs)
         if what == "scaled_dot_product_attention":
             return self._attention(node, inputs)
         if isinstance(module, nn.Upsample) or what in ("interpolate", "upsample"):
             self.notes[node] = "interpolation: variance taken as kept"
-            return self._signal(first), [1.0]
+            return self._signal(first), [_same]
         if single and (module is None or type(module).__module__ == "torch.nn.modules.activation"):
             try:  # any other function that acts on each element alone
                 return self._elementwise(node, module, first)
@@ -337,12 +352,28 @@ class Walk:
             )
         except ValueError:  # its constants depend on a size that is not known
             return self._without_rule(node), [1.0] * len(inputs)
+        first = self._signal(inputs[0])
+        if isinstance(module, _MAXIMA):
+            return signal, [_picked(first, signal, -1, math.sqrt(factors[0]))]
+        if isinstance(module, _AVERAGES):
+            count = _window(node, module)
+            return signal, [_in_average(first, signal, count, factors[0])]
+        if isinstance(module, NormalizedCat):
+            sizes = [1 if size is None else size[module.dim] for size in shapes]
+            return signal, [
+                _of_some(self._signal(n).values * math.sqrt(factor * sum(sizes) / size), factor, signal)
+                for n, size, factor in zip(inputs, sizes, factors, strict=True)
+            ]
+        if signal is first:  # its elements, some of them or several times
+            return signal, [_of_some(signal.values, factors[0], signal)]
         return signal, list(factors)
 
     def _cat(self, inputs: list[fx.Node]) -> Result:
         sizes = [math.prod(shape(n) or (1,)) for n in inputs]
         shares = [size / sum(sizes) for size in sizes]
-        return Signal.mixture([self._signal(n) for n in inputs], shares), shares
+        parts = [self._signal(n) for n in inputs]
+        result = Signal.mixture(parts, shares)
+        return result, [_of_some(p.values, share, result) for p, share in zip(parts, shares, strict=True)]
 
     def _attention(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
         self.notes[node] = "attention taken as an average over all tokens"
@@ -422,14 +453,11 @@ class Walk:
         self._check_correlation(node, inputs)
         if what in ("add", "sub"):
             share = alpha if what == "add" else -alpha
-            if shape(a) == shape(b):
-                return self._sum([x, y], [1.0, share])
-            return x.plus(y.affine(share)), [1.0, share**2]
-        if what == "div":
-            y, _ = y.apply(torch.reciprocal)
+            return self._sum([x, y], [1.0, share])
+        result, passes, y = _product(x, y, torch.reciprocal if what == "div" else _same)
         if shape(a) == shape(b):
             self.evens[node] = {n: s.mean**2 / max(s.rms**2, 1e-30) for n, s in ((a, y), (b, x))}
-        return x.times(y), [y.rms**2, x.rms**2]
+        return result, passes
 
     def _check_correlation(self, node: fx.Node, inputs: list[fx.Node]) -> None:
         shared = frozenset.intersection(*(self.roots[n] for n in inputs))
@@ -514,7 +542,8 @@ class Walk:
             self.spreads[node] = lambda place: taps.spread(
                 place * slopes if place.shape == slopes.shape else slopes
             )
-        result, passing, slope = through_channels(z.values, z.weights, std, mean, finish, length)
+        result, passage = through_channels(z.values, z.weights, std, mean, finish, length)
+        passing = passage.on_average()
         if "standard" in getattr(layer, "constants", ()):  # its constants were measured
             result = result.standardized()
         if transposed:
@@ -526,8 +555,8 @@ class Walk:
                 self.notes[node] = "; ".join(filter(None, [self.notes.get(node), note]))
         elif taps is not None:
             fewer = inside * taps.inside.numel() / math.prod(taps.before)
-            summed = rows.flatten(2).sum(2).square().sum(1) * slope.square()
-            self.evens[node] = fewer * _even_share(summed, result, passing)
+            summed = rows.flatten(2).sum(2).square().sum(1) * passage.slope.square()
+            self.evens[node] = fewer * passage.even_share(summed)
         if small or overlap is not None:
             sums, few_slopes = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
             # Over many random rows skewness has no sign.
@@ -537,7 +566,7 @@ class Walk:
             if overlap is not None:
                 met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), overlap.pairs, rows.flatten(2))
                 related = _by_pair(signal, both, few_slopes, overlap.pairs)
-                self.overlaps[node] = (met * slope.square()).mean() + related
+                self.overlaps[node] = (met * passage.slope.square()).mean() + related
 
         def through(density: Tensor) -> Tensor | float:
             if not small:
@@ -556,9 +585,9 @@ class Walk:
         if gain is None or bias is None:
             gain, bias = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         self._uneven(node, source, signal, lambda u: finish(u * gain + bias))
-        result, passing, slope = through_channels(signal.values, signal.weights, gain, bias, finish)
-        self.evens[node] = _even_share((gain * slope).square(), result, passing)
-        return result, [passing]
+        result, passage = through_channels(signal.values, signal.weights, gain, bias, finish)
+        self.evens[node] = passage.even_share((gain * passage.slope).square())
+        return result, [passage.by_value(signal.values)]
 
     def _pad(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         signal, before, after = self._signal(source), shape(source), shape(node)
@@ -577,7 +606,8 @@ class Walk:
         share = min(1.0, math.prod(before) / math.prod(after))
         if share == 1.0:
             return signal, [1.0]
-        return Signal.mixture([signal, Signal.constant(float(value))], [share, 1 - share]), [share]
+        result = Signal.mixture([signal, Signal.constant(float(value))], [share, 1 - share])
+        return result, [_of_some(signal.values, share, result)]
 
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
         name = what if module is None else type(module).__name__
@@ -597,19 +627,20 @@ class Walk:
             if before is not None and after is not None:
                 count = max(1, math.prod(before) // max(1, math.prod(after)))
         else:
-            count = math.prod(size) if isinstance(size, (tuple, list)) else int(size) ** spatial
+            count = math.prod(pools.per_axis(size, spatial))
         if count == 1:
             return signal, [1.0]
         self.evens[node] = float(kind == "avg")
         if kind in ("max", "min"):
             self.notes[node] = f"{kind} pool: neighbours taken as independent"
             side = 1.0 if kind == "max" else -1.0
-            return signal.affine(side).maximum(count).affine(side), [1.0]
+            result = signal.affine(side).maximum(count).affine(side)
+            return result, [_picked(signal, result, -1 if kind == "max" else 0)]
         pooled = self._average(node, source, count)
         if name == "sum":
-            return pooled.affine(count), [float(count)]
-        grown = math.prod(after) / math.prod(before) if before and after else 1 / count
-        return pooled, [grown if adaptive else 1 / count]
+            total = pooled.affine(count)
+            return total, [_in_average(signal, total, count, float(count))]
+        return pooled, [_in_average(signal, pooled, count, 1 / count)]
 
     def _set_channels(
         self, node: fx.Node, mean: Tensor, std: Tensor, function: Callable[[Tensor], Tensor]
@@ -627,18 +658,13 @@ class Walk:
     def _average(self, node: fx.Node, source: fx.Node, count: int) -> Signal:
         """Of independent values: what channels differ by does not average out."""
         signal = self._signal(source)
-        z, weights = gaussian_nodes(96)
+        total = _sum_of(signal, count).standardized()
         if source in self.levels:
-            values = self.levels[source] + math.sqrt(self.within[source] / count) * z[:, None]
-            weights = weights[:, None].expand_as(values)
+            values = self.levels[source] + math.sqrt(self.within[source] / count) * total.values[:, None]
+            weights = total.weights[:, None].expand_as(values)
         else:
             self.notes[node] = "average: values taken as independent, all channels as alike"
-            if count <= 16:
-                total = signal
-                for _ in range(count - 1):
-                    total = total.plus(signal)
-                return total.affine(1 / count)
-            values = signal.mean + signal.std / math.sqrt(count) * z
+            values, weights = signal.mean + signal.std / math.sqrt(count) * total.values, total.weights
         inside = (values >= signal.values[0]) & (values <= signal.values[-1])  # as averages are
         return Signal.of(values[inside], weights[inside]) if bool(inside.any()) else signal
 
@@ -673,21 +699,22 @@ class Walk:
         if reading.is_batch_norm(module) and ready is not signal:
             self._set_channels(node, shift, scale, finish)
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
-        result, passing, slope = through_channels(ready.values, ready.weights, scale, shift, finish, size)
-        self.evens[node] = _even_share(
-            ((scale if size is None else size) * slope).square(), result, passing
-        )
+        result, passage = through_channels(ready.values, ready.weights, scale, shift, finish, size)
+        self.evens[node] = passage.even_share(((scale if size is None else size) * passage.slope).square())
+        # Of a Gaussian channel the value read is another in each.
+        passing: Any = passage.on_average() if within is not None else passage.by_value(ready.values)
         return result, [lambda density: passing(density) / unit]
 
     def _functional_norm(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
-        result, size = _normalized(self._signal(inputs[0]), what == "rms_norm")
+        normed, size = _normalized(self._signal(inputs[0]), what == "rms_norm")
         weight, bias = _FUNCTIONAL_NORMS[what]
-        passes = size**-2
+        scaled, to_normed = normed, _same
         if (scale := self.signals.get(argument(node, weight, "weight"))) is not None:
-            result, passes = result.times(scale), passes * scale.rms**2
+            scaled, (to_normed, _), _ = _product(normed, scale, _same)
+        result, to_scaled = scaled, _same
         if (shift := self.signals.get(argument(node, bias, "bias"))) is not None:
-            result = result.plus(shift)
-        return result, [passes] + [0.0] * (len(inputs) - 1)
+            result, (to_scaled, _) = self._sum([scaled, shift], [1.0, 1.0])
+        return result, [lambda g: to_normed(to_scaled(g)) / size**2] + [0.0] * (len(inputs) - 1)
 
     def _softmax(self, node: fx.Node, module: Any, source: fx.Node) -> Result:
         r"""By sampled logits; with p the softmax and n its size, the squares of its Jacobian sum up to
@@ -814,6 +841,80 @@ def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, densi
     return factor**2 * (_interpolate(sums, total.values, density) * rest.weights).sum(1)
 
 
+def _through_product(factor: Tensor, other: Signal, product: Signal, density: Tensor) -> Tensor:
+    """The density that a product's gradient has over one factor's values, the other being independent."""
+    other = Signal.of(other.values, other.weights, 64)
+    products = factor[:, None] * other.values
+    return (_interpolate(products, product.values, density) * other.weights * other.values.square()).sum(1)
+
+
+def _of_some(values: Tensor, share: float, result: Signal) -> Callable[[Tensor], Tensor]:
+    """How this share of a gradient passes to what became ``values`` of the result."""
+    return lambda density: share * _interpolate(values, result.values, density)
+
+
+def _in_average(signal: Signal, result: Signal, count: int, factor: float) -> Callable[[Tensor], Tensor]:
+    """How a gradient passes to the terms of ``count``, which get ``factor`` of it together."""
+    size = math.sqrt(factor / count)  # of a term in the result
+    rest = math.sqrt(max(0.0, result.var - signal.var * size**2))
+    others = _sum_of(signal, count - 1).standardized().affine(rest, result.mean - signal.mean * size)
+    return lambda density: count * _through_sum(signal, size, others, result, density)
+
+
+_FEW_TERMS = 16  # of an average, above which it is Gaussian
+
+
+def _sum_of(signal: Signal, count: int) -> Signal:
+    """Of independent copies; its shape counts, of many it is a Gaussian."""
+    if count > _FEW_TERMS:
+        return Signal.gaussian()
+    coarse = Signal.of(signal.values, signal.weights, 128)
+    return functools.reduce(Signal.plus, [coarse] * (count - 1), coarse) if count else Signal.constant(0.0)
+
+
+def _picked(signal: Signal, result: Signal, end: int, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+    """How a gradient passes an extremum: all of a window's to the one element that is in the result.
+
+    Args:
+        signal: The elements'.
+        result: The extremum's, moved and scaled.
+        end: Which end of both is one and the same: -1 of a maximum, 0 of a minimum.
+        scale: By what the extremum was multiplied.
+    """
+    y = result.values[end] + (signal.values - signal.values[end]) * scale
+    nearest = torch.bucketize(y, (result.values[1:] + result.values[:-1]) / 2)
+    weights = torch.zeros_like(result.values).index_add_(0, nearest, signal.weights)
+    picked = (result.weights / weights.clamp_min(1e-300))[nearest]
+    picked = picked / (signal.weights @ picked)
+    return lambda density: scale**2 * picked * _interpolate(y, result.values, density)
+
+
+def _product(
+    x: Signal, y: Signal, function: Callable[[Tensor], Tensor]
+) -> tuple[Signal, list[Any], Signal]:
+    """``x * function(y)``, how a gradient passes to x and to y, and ``function(y)``; x and y are independent."""
+    values, slope = with_slope(function, y.values)
+    factor = y.image(values)
+    product = x.times(factor)
+
+    def to_y(density: Tensor) -> Tensor:
+        return slope.square() * _through_product(values, x, product, density)
+
+    return product, [functools.partial(_through_product, x.values, factor, product), to_y], factor
+
+
+def _window(node: fx.Node, module: Any) -> int:
+    """How many elements an average of ours is over, where no border cuts its windows."""
+    if isinstance(module, pools.AvgPool):
+        return math.prod(pools.per_axis(module.kernel_size, module._spatial))
+    before, after = shape(tensor_inputs(node)[0]), shape(node)
+    return (
+        _GLOBAL
+        if before is None or after is None
+        else max(1, math.prod(before) // max(1, math.prod(after)))
+    )
+
+
 def _drop_share(node: fx.Node, module: nn.Module | None) -> float:
     """What share of the values a dropout sets to 0 and makes up for by scaling the others; 0 for other nodes."""
     if isinstance(module, (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)):
@@ -938,6 +1039,38 @@ def _alike(t: Tensor | None) -> bool:
     return t is None or (bool(t.numel()) and float(t.max() - t.min()) <= 1e-9 * float(t.abs().max()))
 
 
+@dataclass(frozen=True)
+class _Passage:
+    """How a gradient passes functions of a map's channels.
+
+    Attributes:
+        values: What each channel reads, shape (n,).
+        weights: Their probabilities.
+        squares: Shape (n, bins): what the gradient's mean square over the result's values turns into, on average
+            over the channels, where such a value was read.
+        slope: The functions' mean slope in each channel, or in one for all.
+    """
+
+    values: Tensor
+    weights: Tensor
+    squares: Tensor
+    slope: Tensor
+
+    def on_average(self) -> Callable[[Tensor], float]:
+        """For a sum, whose terms' values tell nothing."""
+        squares = self.weights @ self.squares
+        return lambda density: float((squares * density).sum())
+
+    def by_value(self, values: Tensor) -> Callable[[Tensor], Tensor]:
+        """Over the values read, shape (n,), which may be finer than ours."""
+        squares = self.squares.to_sparse()  # few bins each: kept for as long as the walk
+        return lambda density: _interpolate(values, self.values, squares @ density)
+
+    def even_share(self, common: Tensor) -> float:
+        """What share of a gradient that is the same everywhere stays so; ``common`` is its square, by channel."""
+        return _ratio(common.mean(), (self.weights @ self.squares).sum())
+
+
 def through_channels(
     values: Tensor,
     weights: Tensor,
@@ -945,7 +1078,7 @@ def through_channels(
     shift: Tensor,
     function: Callable[[Tensor], Tensor],
     size: Tensor | None = None,
-) -> tuple[Signal, Callable[[Tensor], float], Tensor]:
+) -> tuple[Signal, _Passage]:
     """``function(scale * x + shift)``, all channels together, and how a gradient passes it.
 
     Args:
@@ -955,10 +1088,6 @@ def through_channels(
         shift: Likewise.
         function: Of shape (n, channels).
         size: By what each channel multiplies a gradient, beside the function's slope; ``scale`` if None.
-
-    Returns:
-        The signal; the gradient's mean square in front of all this, from its density over the
-        signal's values; the function's mean slope in each channel (or in one for all).
     """
     scale, shift, size = torch.broadcast_tensors(scale, shift, scale if size is None else size)
     one = function is _same or (isinstance(function, _Finish) and function.is_one())
@@ -973,13 +1102,13 @@ def through_channels(
         coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))
         values, weights = coarse.values, coarse.weights
     y, slope = with_slope(function, values[:, None] * scale + shift)
-    spread = weights[:, None].expand_as(y) / y.shape[1]
-    result = Signal.of(y, spread)
-    nearest = torch.searchsorted(result.values, y.flatten()).clamp(max=len(result.values) - 1)
-    squares = torch.zeros_like(result.values).index_add_(
-        0, nearest, (spread * (slope * size).square()).flatten()
-    )
-    return result, lambda density: float((squares * density).sum()), weights @ slope
+    result = Signal.of(y, weights[:, None].expand_as(y) / y.shape[1])
+    bins = len(result.values)
+    nearest = torch.searchsorted(result.values, y).clamp(max=bins - 1)
+    place = (nearest + bins * torch.arange(len(values))[:, None]).flatten()
+    squares = torch.zeros(len(values) * bins, dtype=torch.float64)
+    squares.index_add_(0, place, ((slope * size).square() / y.shape[1]).flatten())
+    return result, _Passage(values, weights, squares.view(-1, bins), weights @ slope)
 
 
 _FEW_NODES = 257  # of a sum of few terms, from -8.5 to 8.5 of its standard deviations
@@ -1048,11 +1177,6 @@ def _by_pair(signal: Signal, rows: Tensor, slopes: Tensor, pairs: Tensor) -> Ten
         alone = torch.einsum("ck,kl,cl->", mean, pairs, mean)
         total = total + (torch.einsum("ckn,kl,cln->n", terms, pairs, terms) - alone) / len(rows)
     return _interpolate(signal.standardized().values, coarse.values, total)
-
-
-def _even_share(common: Tensor, result: Signal, passing: Callable[[Tensor], float]) -> float:
-    """What share of a gradient that is the same everywhere stays so; ``common`` is its square, by channel."""
-    return _ratio(common.mean(), passing(torch.ones_like(result.values)))
 
 
 def _ratio(part: Tensor, whole: Tensor | float) -> float:
