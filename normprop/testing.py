@@ -57,15 +57,23 @@ def _suspects(model: nn.Module) -> str:
 def _causes(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     """For the message: why outputs may differ; ``model`` as prepared, in train mode."""
     found = _suspects(model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     one, other = model(*inputs), model(*inputs)
     if not one.isfinite().all():
         return "; the model returns NaN or infinite values"
     if found or torch.equal(one, other):
         return found
+    if changed := _changed(model, before):
+        return f"; a forward pass changes the buffers {changed}"
     return (
         "; but two passes over the same data differ too: the model draws random numbers. Only modules can be "
         "switched off here, such as nn.Dropout in place of F.dropout"
     )
+
+
+def _changed(model: nn.Module, before: dict[str, Tensor]) -> str:
+    """The names of buffers that are not what they were."""
+    return ", ".join(name for name, b in model.named_buffers() if not torch.equal(b, before[name]))
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -165,7 +173,7 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -
         except Exception as error:
             raise AssertionError(f"the model fails in train mode: {error}{_suspects(model)}") from error
         _only_tensor(trained)
-        changed = [n for n, b in twin.named_buffers() if not torch.equal(b, buffers[n])]
+        changed = _changed(twin, buffers)
         evaluated = copy.deepcopy(twin).eval()(*inputs)
     if not torch.equal(trained, evaluated):
         raise AssertionError(
@@ -173,7 +181,7 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -
             f"{_causes(twin, inputs)}"
         )
     if changed:
-        raise AssertionError(f"a forward pass changes the buffers {', '.join(changed)}{_suspects(model)}")
+        raise AssertionError(f"a forward pass changes the buffers {changed}{_suspects(model)}")
 
 
 def assert_accumulation_equals_batch(

@@ -710,6 +710,18 @@ def test_a_model_without_data():
     ).shape == (2, 4)
 
 
+def test_a_norm_that_nothing_reads_stays():
+    def forward(self, x):
+        self.unread(y := self.conv(x))
+        return self.norm(y)
+
+    model = Code(forward, conv=C(3, 4), norm=B(4), unread=B(4))
+    conversion = convert(model, example=torch.ones(2, 3, 8, 8))
+    assert [site.path for site in conversion.replaced] == ["conv"]
+    (left,) = conversion.skipped
+    assert (left.path, left.target) == ("unread", "nothing reads what it makes; delete it")
+
+
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d(8), nn.GroupNorm(2, 8), normprop.NormalizedActivation("prelu", 8)]
 )

@@ -500,6 +500,8 @@ def test_arguments_at_their_defaults_are_noted():
     masked = convert(Masked(), example=(x, mask))
     assert note.format("scale") in masked.notes
     assert masked.model(x, mask * 0).abs().max() == 0
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'mask'"):
+        masked.model(x)
 
 
 def test_a_hook_that_was_traced_through_is_noted():

@@ -132,6 +132,13 @@ def test_dropout_inside_modules_is_switched_off_too():
         assert model.inner.dropout == 0.5
 
 
+def test_buffers_that_a_pass_changes_are_named():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(64, 64))
+    why = r"; a forward pass changes the buffers 0\.parametrizations\.weight\.0\._u, 0\.par"
+    with pytest.raises(AssertionError, match=f"output depends on the rest of its batch: .*{why}"):
+        assert_batch_independent(nn.Sequential(layer, nn.Linear(64, 2)), torch.randn(4, 64))
+
+
 def test_outputs_of_whole_numbers_are_compared():
     class Classes(nn.Module):
         def forward(self, x):

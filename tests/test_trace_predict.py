@@ -564,8 +564,9 @@ def test_weak_assumptions_are_noted():
         lambda y: y * y.mean(1, True),
     ):
         correlated = Code(lambda self, x, code=code: code(self.conv(x)), conv=wide)
-        (note,) = notes(correlated, x).values()
+        *averages, note = notes(correlated, x).values()
         assert note == "its inputs share conv: correlated, taken as independent"
+        assert all(said.startswith("average: values taken as independent") for said in averages)
     separate = Code(lambda self, x: self.conv(x) + self.other(x), conv=wide, other=copy.deepcopy(wide))
     assert notes(separate, x) == {}
     unknown = Code(lambda self, x: torch.cumsum(x, 1))
@@ -1046,7 +1047,7 @@ def test_an_average_keeps_what_channels_differ_by(model, size):
     trace = normprop.measure(model, torch.randn(size))
     one, two = trace.records[-1], trace.predicted.records[-1]
     assert two.std == pytest.approx(one.std, rel=0.15)
-    assert not two.note
+    assert two.note == "average: values taken as independent"
 
 
 def test_an_average_of_what_is_not_known_by_channel_says_so():

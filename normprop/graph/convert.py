@@ -601,7 +601,11 @@ class Converter:
             if name and own and path not in self.absorbed and not has(result, name):
                 place(result, name, module)
                 if reading.is_batch_norm(module):
-                    self.skip(path, module, "the model never calls it; delete it")
+                    rest = [site for site in self.report.replaced if site.path != path]
+                    unread = len(rest) < len(self.report.replaced)
+                    self.report.replaced[:] = rest
+                    why = "nothing reads what it makes" if unread else "the model never calls it"
+                    self.skip(path, module, f"{why}; delete it")
         for name, module in part.named_modules():  # what containers hold themselves
             path = below(prefix, name)
             holder = result.get_submodule(name) if has(result, name) or not name else None

@@ -356,7 +356,12 @@ class Walk:
         if isinstance(module, _MAXIMA):
             return signal, [_picked(first, signal, -1, math.sqrt(factors[0]))]
         if isinstance(module, _AVERAGES):
-            count = _window(node, module)
+            count, note = _window(node, module), self.notes[node]
+            if module.correlation == 0 and inputs[0] in self.levels:  # whose differences do not average out
+                signal = self._average(node, inputs[0], count).affine(math.sqrt(factors[0] * count))
+            else:
+                note += ", all channels as alike"
+            self.notes[node] = note
             return signal, [_in_average(first, signal, count, factors[0])]
         if isinstance(module, NormalizedCat):
             sizes = [1 if size is None else size[module.dim] for size in shapes]
@@ -659,11 +664,12 @@ class Walk:
         """Of independent values: what channels differ by does not average out."""
         signal = self._signal(source)
         total = _sum_of(signal, count).standardized()
+        self.notes[node] = "average: values taken as independent"
         if source in self.levels:
             values = self.levels[source] + math.sqrt(self.within[source] / count) * total.values[:, None]
             weights = total.weights[:, None].expand_as(values)
         else:
-            self.notes[node] = "average: values taken as independent, all channels as alike"
+            self.notes[node] += ", all channels as alike"
             values, weights = signal.mean + signal.std / math.sqrt(count) * total.values, total.weights
         inside = (values >= signal.values[0]) & (values <= signal.values[-1])  # as averages are
         return Signal.of(values[inside], weights[inside]) if bool(inside.any()) else signal

@@ -719,7 +719,10 @@ def _defaults(model: nn.Module, inputs: tuple[Tensor, ...] | None) -> dict[str, 
 
 
 def _drop_fixed_arguments(graph: fx.Graph) -> None:
-    """fx leaves a placeholder and an assertion for each argument that is fixed; nothing reads them."""
+    """fx leaves a placeholder and an assertion for each argument that is fixed; nothing reads them.
+
+    An argument that the example gives has no default any more: the graph is for a tensor.
+    """
     for node in list(graph.nodes):
         if (
             node.op == "call_function"
@@ -735,6 +738,8 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
             key(node) == "eq" or (fixed and str(node.target).rpartition("_")[2].isdigit())
         ):
             graph.erase_node(node)
+        elif fixed and node.users:
+            node.args = ()
 
 
 def below(prefix: str, name: str) -> str:
