@@ -717,7 +717,7 @@ def test_a_norm_that_nothing_reads_stays():
 
     model = Code(forward, conv=C(3, 4), norm=B(4), unread=B(4))
     conversion = convert(model, example=torch.ones(2, 3, 8, 8))
-    assert [site.path for site in conversion.replaced] == ["conv"]
+    assert [site.path for site in conversion.replaced] == ["conv", "norm"]
     (left,) = conversion.skipped
     assert (left.path, left.target) == ("unread", "nothing reads what it makes; delete it")
 
