@@ -4,6 +4,7 @@ Read in this order:
 
     gaussian      E, Var and E[phi'^2] of a function of a Gaussian
     signal        the distribution of a map, carried by formula
+    density       the same of a gradient, over the values it meets
     activations   the table of activations; ``moments`` of any of them
     rows          weight rows scaled to given lengths, many layers at once; kernels: the same on a GPU
     functional    ``NormRule`` and the layer maths, stateless
@@ -12,7 +13,8 @@ Read in this order:
     pools         the same: pools, upsampling
     data_norm     the data, normalised once
     projection    training aids
-    graph         whole networks: trace (with reading, inplace), predict, convert (with rewrite), lighten, fold
+    graph         whole networks: trace (with reading, inplace), predict (with taps), convert (with rewrite),
+                  lighten, fold
     records       what is known of each node: tables, figures, JSON
     diagnostics   the same, measured
     testing       the promises, as checks

@@ -14,15 +14,29 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn import grad as input_gradients
 from torch.nn.modules.batchnorm import _NormBase
 
 from normprop import activations, functional, pools
 from normprop.data_norm import DATA_NORMS
+from normprop.density import (
+    FEW_NODES,
+    alike,
+    by_pair,
+    by_term,
+    in_average,
+    interpolate,
+    of_some,
+    picked,
+    product,
+    ratio,
+    sum_of,
+    through_channels,
+    through_sum,
+)
 from normprop.graph import reading, trace as tracing
 from normprop.graph.reading import argument, key, shape, tensor_inputs
+from normprop.graph.taps import even_out, phase_sums, positions, taps_of, transposed_share
 from normprop.merges import (
     NormalizedAdd,
     NormalizedCat,
@@ -252,7 +266,7 @@ class Walk:
             with torch.no_grad():
                 rms = float(torch.as_tensor(module.root_mean_square()).mean())
             x, z = (self._signal(n) for n in inputs)
-            return _product(x, z, lambda values: phi(values) / rms)[:2]
+            return product(x, z, lambda values: phi(values) / rms)[:2]
         return self._declared(node, module, inputs) if hasattr(module, "propagate") else None
 
     def _rule_of_torch(self, node: fx.Node, module: Any, inputs: list[fx.Node]) -> Result:
@@ -261,7 +275,7 @@ class Walk:
         if self.drops and (dropped := _drop_share(node, module)):
             signal, scale = self._signal(first), 1 / (1 - dropped)
             result = Signal.mixture([signal.affine(scale), Signal.constant(0.0)], [1 - dropped, dropped])
-            return result, [_of_some(signal.values * scale, scale, result)]
+            return result, [of_some(signal.values * scale, scale, result)]
         if (name := reading.operation_name(self.graph_module, node)) in LAYOUT:
             if name in _SAME_PLACES:
                 origin, function = self.origin.get(first, (first, _same))
@@ -290,7 +304,7 @@ class Walk:
         if isinstance(module, (nn.Softmax, nn.LogSoftmax)) or what in ("softmax", "log_softmax"):
             return self._softmax(node, module, first)
         if isinstance(module, nn.GLU) or what == "glu":
-            result, (to_map, to_gate), _ = _product(self._signal(first), self._signal(first), torch.sigmoid)
+            result, (to_map, to_gate), _ = product(self._signal(first), self._signal(first), torch.sigmoid)
             return result, [lambda density: to_map(density) + to_gate(density)]
         if what in ("matmul", "einsum") and len(inputs) == 2:
             return self._matmul(node, what, inputs)
@@ -354,7 +368,7 @@ class Walk:
             return self._without_rule(node), [1.0] * len(inputs)
         first = self._signal(inputs[0])
         if isinstance(module, _MAXIMA):
-            return signal, [_picked(first, signal, -1, math.sqrt(factors[0]))]
+            return signal, [picked(first, signal, -1, math.sqrt(factors[0]))]
         if isinstance(module, _AVERAGES):
             count, note = _window(node, module), self.notes[node]
             if module.correlation == 0 and inputs[0] in self.levels:  # whose differences do not average out
@@ -362,15 +376,15 @@ class Walk:
             else:
                 note += ", all channels as alike"
             self.notes[node] = note
-            return signal, [_in_average(first, signal, count, factors[0])]
+            return signal, [in_average(first, signal, count, factors[0])]
         if isinstance(module, NormalizedCat):
             sizes = [1 if size is None else size[module.dim] for size in shapes]
             return signal, [
-                _of_some(self._signal(n).values * math.sqrt(factor * sum(sizes) / size), factor, signal)
+                of_some(self._signal(n).values * math.sqrt(factor * sum(sizes) / size), factor, signal)
                 for n, size, factor in zip(inputs, sizes, factors, strict=True)
             ]
         if signal is first:  # its elements, some of them or several times
-            return signal, [_of_some(signal.values, factors[0], signal)]
+            return signal, [of_some(signal.values, factors[0], signal)]
         return signal, list(factors)
 
     def _cat(self, inputs: list[fx.Node]) -> Result:
@@ -378,7 +392,7 @@ class Walk:
         shares = [size / sum(sizes) for size in sizes]
         parts = [self._signal(n) for n in inputs]
         result = Signal.mixture(parts, shares)
-        return result, [_of_some(p.values, share, result) for p, share in zip(parts, shares, strict=True)]
+        return result, [of_some(p.values, share, result) for p, share in zip(parts, shares, strict=True)]
 
     def _attention(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
         self.notes[node] = "attention taken as an average over all tokens"
@@ -422,9 +436,9 @@ class Walk:
     def _through(self, node: fx.Node, signal: Signal, function: Callable[[Tensor], Tensor]) -> Result:
         """An element-wise function, and how the gradient passes it, element by element."""
         y, slope = with_slope(function, signal.values)
-        self.evens[node] = _ratio((signal.weights @ slope).square(), signal.weights @ slope.square())
+        self.evens[node] = ratio((signal.weights @ slope).square(), signal.weights @ slope.square())
         result = signal.image(y)
-        return result, [lambda density: slope.square() * _interpolate(y, result.values, density)]
+        return result, [lambda density: slope.square() * interpolate(y, result.values, density)]
 
     def _sum(self, parts: list[Signal], factors: Sequence[float]) -> Result:
         """A weighted sum of independent maps."""
@@ -434,7 +448,7 @@ class Walk:
         for index, part in enumerate(parts):
             others = scaled[:index] + scaled[index + 1 :]
             rest = functools.reduce(Signal.plus, others) if others else Signal.constant(0.0)
-            passes.append(functools.partial(_through_sum, part, factors[index], rest, total))
+            passes.append(functools.partial(through_sum, part, factors[index], rest, total))
         return total, passes
 
     def _arithmetic(self, node: fx.Node, what: str, inputs: list[fx.Node]) -> Result:
@@ -459,7 +473,7 @@ class Walk:
         if what in ("add", "sub"):
             share = alpha if what == "add" else -alpha
             return self._sum([x, y], [1.0, share])
-        result, passes, y = _product(x, y, torch.reciprocal if what == "div" else _same)
+        result, passes, y = product(x, y, torch.reciprocal if what == "div" else _same)
         if shape(a) == shape(b):
             self.evens[node] = {n: s.mean**2 / max(s.rms**2, 1e-30) for n, s in ((a, y), (b, x))}
         return result, passes
@@ -499,8 +513,8 @@ class Walk:
         square, slope = (
             coarse.weights @ t.square().mean(1).view(len(coarse.values), -1) for t in (y, slope)
         )
-        self.energies[node] = _even_out(_interpolate(relative, levels, square))
-        return _even_out(_interpolate(relative, levels, slope))
+        self.energies[node] = even_out(interpolate(relative, levels, square))
+        return even_out(interpolate(relative, levels, slope))
 
     def _weight_layer(self, node: fx.Node, signal: Signal, count: int) -> Result:
         source = reading.weight_source(self.graph_module, node)
@@ -513,16 +527,16 @@ class Walk:
         length = torch.linalg.vector_norm(rows, dim=dims).flatten()
         total = rows.sum(dims).flatten()
         # Shares of the taps, and of the input's variance, that the outputs get.
-        taps = None if transposed else _taps(node, layer)
+        taps = None if transposed else taps_of(node, layer)
         if taps is None:
-            inside = kept = _transposed_share(node, layer) if transposed else 1.0
+            inside = kept = transposed_share(node, layer) if transposed else 1.0
         else:
             uneven = self.energies.get(tensor_inputs(node)[0])
             energy = taps.inside if uneven is None else taps.read(uneven)
             inside, kept = float(taps.inside.mean()), float(energy.mean())
         mean = signal.mean * inside * total + (0.0 if bias is None else bias)
         if transposed:  # an output position reads one of the stride's phases: their sums make its mean
-            missing = _phase_sums(rows, layer.stride).var(0, correction=0) * signal.mean**2
+            missing = phase_sums(rows, layer.stride).var(0, correction=0) * signal.mean**2
         else:  # where the padding's zeros stand, the mean is missing too
             missing = length.square() * max(inside * (1 - inside), 0.0) * signal.mean**2
         std = (length.square() * kept * signal.var + missing).sqrt()
@@ -541,13 +555,15 @@ class Walk:
         if taps is not None:
             slopes = torch.ones_like(energy)
             if energy.max() > 1.01 * energy.min():
-                relative = _even_out(energy)
+                relative = even_out(energy)
                 z = z.times(Signal.of(relative.sqrt(), bins=9))
                 slopes = self._by_place(node, relative, Signal.gaussian(), lambda u: finish(u * std + mean))
             self.spreads[node] = lambda place: taps.spread(
                 place * slopes if place.shape == slopes.shape else slopes
             )
-        result, passage = through_channels(z.values, z.weights, std, mean, finish, length)
+        result, passage = through_channels(
+            z.values, z.weights, std, mean, finish, length, one=_is_one(finish)
+        )
         passing = passage.on_average()
         if "standard" in getattr(layer, "constants", ()):  # its constants were measured
             result = result.standardized()
@@ -563,21 +579,21 @@ class Walk:
             summed = rows.flatten(2).sum(2).square().sum(1) * passage.slope.square()
             self.evens[node] = fewer * passage.even_share(summed)
         if small or overlap is not None:
-            sums, few_slopes = with_slope(finish, gaussian_nodes(_FEW_NODES)[0][:, None] * std + mean)
+            sums, few_slopes = with_slope(finish, gaussian_nodes(FEW_NODES)[0][:, None] * std + mean)
             # Over many random rows skewness has no sign.
             both = torch.cat([few, -few])
             sums, few_slopes = (t[:, ::every][:, :8].repeat(1, 2) for t in (sums, few_slopes))
             square = few_slopes.square()
             if overlap is not None:
                 met = torch.einsum("ock,kl,ocl->o", rows.flatten(2), overlap.pairs, rows.flatten(2))
-                related = _by_pair(signal, both, few_slopes, overlap.pairs)
+                related = by_pair(signal, both, few_slopes, overlap.pairs)
                 self.overlaps[node] = (met * passage.slope.square()).mean() + related
 
         def through(density: Tensor) -> Tensor | float:
             if not small:
                 return inside * passing(density)
-            curves = square * _interpolate(sums, result.values, density)
-            return inside * passing(density) * _by_term(signal, both, curves)
+            curves = square * interpolate(sums, result.values, density)
+            return inside * passing(density) * by_term(signal, both, curves)
 
         return result, [through] + [0.0] * (count - 1)
 
@@ -590,7 +606,9 @@ class Walk:
         if gain is None or bias is None:
             gain, bias = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         self._uneven(node, source, signal, lambda u: finish(u * gain + bias))
-        result, passage = through_channels(signal.values, signal.weights, gain, bias, finish)
+        result, passage = through_channels(
+            signal.values, signal.weights, gain, bias, finish, one=_is_one(finish)
+        )
         self.evens[node] = passage.even_share((gain * passage.slope).square())
         return result, [passage.by_value(signal.values)]
 
@@ -612,7 +630,7 @@ class Walk:
         if share == 1.0:
             return signal, [1.0]
         result = Signal.mixture([signal, Signal.constant(float(value))], [share, 1 - share])
-        return result, [_of_some(signal.values, share, result)]
+        return result, [of_some(signal.values, share, result)]
 
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
         name = what if module is None else type(module).__name__
@@ -640,12 +658,12 @@ class Walk:
             self.notes[node] = f"{kind} pool: neighbours taken as independent"
             side = 1.0 if kind == "max" else -1.0
             result = signal.affine(side).maximum(count).affine(side)
-            return result, [_picked(signal, result, -1 if kind == "max" else 0)]
+            return result, [picked(signal, result, -1 if kind == "max" else 0)]
         pooled = self._average(node, source, count)
         if name == "sum":
             total = pooled.affine(count)
-            return total, [_in_average(signal, total, count, float(count))]
-        return pooled, [_in_average(signal, pooled, count, 1 / count)]
+            return total, [in_average(signal, total, count, float(count))]
+        return pooled, [in_average(signal, pooled, count, 1 / count)]
 
     def _set_channels(
         self, node: fx.Node, mean: Tensor, std: Tensor, function: Callable[[Tensor], Tensor]
@@ -663,7 +681,7 @@ class Walk:
     def _average(self, node: fx.Node, source: fx.Node, count: int) -> Signal:
         """Of independent values: what channels differ by does not average out."""
         signal = self._signal(source)
-        total = _sum_of(signal, count).standardized()
+        total = sum_of(signal, count).standardized()
         self.notes[node] = "average: values taken as independent"
         if source in self.levels:
             values = self.levels[source] + math.sqrt(self.within[source] / count) * total.values[:, None]
@@ -705,7 +723,9 @@ class Walk:
         if reading.is_batch_norm(module) and ready is not signal:
             self._set_channels(node, shift, scale, finish)
         self._uneven(node, source, ready, lambda u: finish(u * scale + shift))
-        result, passage = through_channels(ready.values, ready.weights, scale, shift, finish, size)
+        result, passage = through_channels(
+            ready.values, ready.weights, scale, shift, finish, size, one=_is_one(finish)
+        )
         self.evens[node] = passage.even_share(((scale if size is None else size) * passage.slope).square())
         # Of a Gaussian channel the value read is another in each.
         passing: Any = passage.on_average() if within is not None else passage.by_value(ready.values)
@@ -716,7 +736,7 @@ class Walk:
         weight, bias = _FUNCTIONAL_NORMS[what]
         scaled, to_normed = normed, _same
         if (scale := self.signals.get(argument(node, weight, "weight"))) is not None:
-            scaled, (to_normed, _), _ = _product(normed, scale, _same)
+            scaled, (to_normed, _), _ = product(normed, scale, _same)
         result, to_scaled = scaled, _same
         if (shift := self.signals.get(argument(node, bias, "bias"))) is not None:
             result, (to_scaled, _) = self._sum([scaled, shift], [1.0, 1.0])
@@ -769,7 +789,7 @@ class Walk:
             if density is None:
                 continue
             mean = float((signal.weights * density).sum())
-            place = _even_out(places.get(node, torch.ones(positions(node), dtype=torch.float64)))
+            place = even_out(places.get(node, torch.ones(positions(node), dtype=torch.float64)))
             even = min(1.0, evens.get(node, 0.0) / mean) if mean > 0 else 0.0
             even = 1.0 if math.prod(positions(node)) == 1 else even
             for source, factor in self.factors.get(node, ()):
@@ -785,7 +805,7 @@ class Walk:
                     there = torch.ones(positions(source), dtype=torch.float64)
                 share = share * there.mean()
                 densities[source] = densities.get(source, 0.0) + share
-                there = _even_out(there) * (read.weights * share).sum()
+                there = even_out(there) * (read.weights * share).sum()
                 places[source] = places.get(source, 0.0) + there
         return {
             node: math.sqrt((self._signal(node).weights * density).sum().clamp_min(0.0))  # keeps NaN
@@ -828,85 +848,6 @@ def walk(graph_module: fx.GraphModule, inputs: Sequence[Signal] = (), whole: boo
     for node in graph_module.graph.nodes:
         state.visit(node)
     return state
-
-
-def _interpolate(x: Tensor, nodes: Tensor, values: Tensor) -> Tensor:
-    """``values`` given at rising ``nodes``, between them linearly."""
-    if len(nodes) == 1:
-        return values.expand_as(x)
-    right = torch.searchsorted(nodes, x.contiguous()).clamp(1, len(nodes) - 1)
-    left = right - 1
-    share = ((x - nodes[left]) / (nodes[right] - nodes[left])).clamp(0.0, 1.0)
-    return values[left] * (1 - share) + values[right] * share
-
-
-def _through_sum(part: Signal, factor: float, rest: Signal, total: Signal, density: Tensor) -> Tensor:
-    """The density that a sum's gradient has over one part's values, the rest being independent."""
-    rest = Signal.of(rest.values, rest.weights, 64)
-    sums = part.values[:, None] * factor + rest.values
-    return factor**2 * (_interpolate(sums, total.values, density) * rest.weights).sum(1)
-
-
-def _through_product(factor: Tensor, other: Signal, product: Signal, density: Tensor) -> Tensor:
-    """The density that a product's gradient has over one factor's values, the other being independent."""
-    other = Signal.of(other.values, other.weights, 64)
-    products = factor[:, None] * other.values
-    return (_interpolate(products, product.values, density) * other.weights * other.values.square()).sum(1)
-
-
-def _of_some(values: Tensor, share: float, result: Signal) -> Callable[[Tensor], Tensor]:
-    """How this share of a gradient passes to what became ``values`` of the result."""
-    return lambda density: share * _interpolate(values, result.values, density)
-
-
-def _in_average(signal: Signal, result: Signal, count: int, factor: float) -> Callable[[Tensor], Tensor]:
-    """How a gradient passes to the terms of ``count``, which get ``factor`` of it together."""
-    size = math.sqrt(factor / count)  # of a term in the result
-    rest = math.sqrt(max(0.0, result.var - signal.var * size**2))
-    others = _sum_of(signal, count - 1).standardized().affine(rest, result.mean - signal.mean * size)
-    return lambda density: count * _through_sum(signal, size, others, result, density)
-
-
-_FEW_TERMS = 16  # of an average, above which it is Gaussian
-
-
-def _sum_of(signal: Signal, count: int) -> Signal:
-    """Of independent copies; its shape counts, of many it is a Gaussian."""
-    if count > _FEW_TERMS:
-        return Signal.gaussian()
-    coarse = Signal.of(signal.values, signal.weights, 128)
-    return functools.reduce(Signal.plus, [coarse] * (count - 1), coarse) if count else Signal.constant(0.0)
-
-
-def _picked(signal: Signal, result: Signal, end: int, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
-    """How a gradient passes an extremum: all of a window's to the one element that is in the result.
-
-    Args:
-        signal: The elements'.
-        result: The extremum's, moved and scaled.
-        end: Which end of both is one and the same: -1 of a maximum, 0 of a minimum.
-        scale: By what the extremum was multiplied.
-    """
-    y = result.values[end] + (signal.values - signal.values[end]) * scale
-    nearest = torch.bucketize(y, (result.values[1:] + result.values[:-1]) / 2)
-    weights = torch.zeros_like(result.values).index_add_(0, nearest, signal.weights)
-    picked = (result.weights / weights.clamp_min(1e-300))[nearest]
-    picked = picked / (signal.weights @ picked)
-    return lambda density: scale**2 * picked * _interpolate(y, result.values, density)
-
-
-def _product(
-    x: Signal, y: Signal, function: Callable[[Tensor], Tensor]
-) -> tuple[Signal, list[Any], Signal]:
-    """``x * function(y)``, how a gradient passes to x and to y, and ``function(y)``; x and y are independent."""
-    values, slope = with_slope(function, y.values)
-    factor = y.image(values)
-    product = x.times(factor)
-
-    def to_y(density: Tensor) -> Tensor:
-        return slope.square() * _through_product(values, x, product, density)
-
-    return product, [functools.partial(_through_product, x.values, factor, product), to_y], factor
 
 
 def _window(node: fx.Node, module: Any) -> int:
@@ -971,20 +912,6 @@ def path_of(node: fx.Node) -> str:
     return str(node.target) if node.op == "call_module" else reading.owner(node)
 
 
-def _phase_sums(rows: Tensor, stride: Sequence[int]) -> Tensor:
-    """Sums of a transposed convolution's taps that meet in one output position: shape (phases, channels).
-
-    Args:
-        rows: Shape (groups, in, out, *kernel), see :func:`normprop.functional.row_view`.
-        stride: One a spatial dim.
-    """
-    parts = [rows.sum(1)]
-    for axis, step in enumerate(stride):
-        before = (slice(None),) * (2 + axis)
-        parts = [part[(*before, slice(first, None, step))] for part in parts for first in range(step)]
-    return torch.stack([part.flatten(2).sum(2).flatten() for part in parts])
-
-
 def _exact(owner: Any, name: str, start: float = 0.0) -> Any:
     """A parameter or buffer in float64 on the CPU, None if there is none; without values it is all ``start``."""
     tensor = getattr(owner, name, None)
@@ -1017,7 +944,7 @@ def _finish(layer: Any, gain: Tensor | None, bias: Tensor | None) -> Callable[[T
     if layer.activation is None:
         return _same
     activation = activations.exact(layer.activation)
-    one = not activations.is_learned(activation) and _alike(gain) and _alike(bias)
+    one = not activations.is_learned(activation) and alike(gain) and alike(bias)
     own_gain, own_bias = (t[:1] if one and t is not None else t for t in (gain, bias))
     with torch.no_grad():
         mean, std = functional.constants(activation, layer.rule, own_gain, own_bias, layer.standard)
@@ -1035,252 +962,10 @@ class _Finish:
     def __call__(self, u: Tensor) -> Tensor:
         return (self.activation(u) - self.mean) / self.std  # type: ignore[no-any-return]
 
-    def is_one(self) -> bool:
-        """Whether it is the same function for all channels."""
-        sizes = {t.numel() for t in (self.mean, self.std) if isinstance(t, Tensor)}
-        return sizes <= {1} and not activations.is_learned(self.activation)
 
-
-def _alike(t: Tensor | None) -> bool:
-    return t is None or (bool(t.numel()) and float(t.max() - t.min()) <= 1e-9 * float(t.abs().max()))
-
-
-@dataclass(frozen=True)
-class _Passage:
-    """How a gradient passes functions of a map's channels.
-
-    Attributes:
-        values: What each channel reads, shape (n,).
-        weights: Their probabilities.
-        squares: Shape (n, bins): what the gradient's mean square over the result's values turns into, on average
-            over the channels, where such a value was read.
-        slope: The functions' mean slope in each channel, or in one for all.
-    """
-
-    values: Tensor
-    weights: Tensor
-    squares: Tensor
-    slope: Tensor
-
-    def on_average(self) -> Callable[[Tensor], float]:
-        """For a sum, whose terms' values tell nothing."""
-        squares = self.weights @ self.squares
-        return lambda density: float((squares * density).sum())
-
-    def by_value(self, values: Tensor) -> Callable[[Tensor], Tensor]:
-        """Over the values read, shape (n,), which may be finer than ours."""
-        squares = self.squares.to_sparse()  # few bins each: kept for as long as the walk
-        return lambda density: _interpolate(values, self.values, squares @ density)
-
-    def even_share(self, common: Tensor) -> float:
-        """What share of a gradient that is the same everywhere stays so; ``common`` is its square, by channel."""
-        return _ratio(common.mean(), (self.weights @ self.squares).sum())
-
-
-def through_channels(
-    values: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    function: Callable[[Tensor], Tensor],
-    size: Tensor | None = None,
-) -> tuple[Signal, _Passage]:
-    """``function(scale * x + shift)``, all channels together, and how a gradient passes it.
-
-    Args:
-        values: Shape (n,), what each channel reads.
-        weights: Shape (n,).
-        scale: Shape (channels,) or (1,).
-        shift: Likewise.
-        function: Of shape (n, channels).
-        size: By what each channel multiplies a gradient, beside the function's slope; ``scale`` if None.
-    """
-    scale, shift, size = torch.broadcast_tensors(scale, shift, scale if size is None else size)
-    one = function is _same or (isinstance(function, _Finish) and function.is_one())
-    if (
-        one
-        and _alike(scale)
-        and _alike(size)
-        and float(shift.max() - shift.min()) <= 1e-9 * float(scale.max())
-    ):
-        scale, shift, size = scale[:1], shift[:1], size[:1]
-    elif len(values) * len(scale) > 2_000_000:  # a coarser grid for each of many channels
-        coarse = Signal.of(values, weights, max(32, 2_000_000 // len(scale)))
-        values, weights = coarse.values, coarse.weights
-    y, slope = with_slope(function, values[:, None] * scale + shift)
-    result = Signal.of(y, weights[:, None].expand_as(y) / y.shape[1])
-    bins = len(result.values)
-    nearest = torch.searchsorted(result.values, y).clamp(max=bins - 1)
-    place = (nearest + bins * torch.arange(len(values))[:, None]).flatten()
-    squares = torch.zeros(len(values) * bins, dtype=torch.float64)
-    squares.index_add_(0, place, ((slope * size).square() / y.shape[1]).flatten())
-    return result, _Passage(values, weights, squares.view(-1, bins), weights @ slope)
-
-
-_FEW_NODES = 257  # of a sum of few terms, from -8.5 to 8.5 of its standard deviations
-
-
-def _by_term(signal: Signal, rows: Tensor, curves: Tensor) -> Tensor:
-    """How a gradient behind sums of few terms depends on the value of one term: of mean 1.
-
-    Given one term the sum is that term and a Gaussian of the rest's variance.
-
-    Args:
-        signal: The terms', independent.
-        rows: Shape (rows, fan_in).
-        curves: Shape (_FEW_NODES, rows): the mean square of the gradient at the sum, over its value.
-
-    Returns:
-        Shape (n,), over the signal's values.
-    """
-    coarse = Signal.of(signal.values, signal.weights, 48).standardized()
-    total = torch.zeros_like(coarse.values)
-    for row, curve in zip(rows, curves.T, strict=True):
-        total = total + row.square() @ _given_term(coarse.values, row, curve)
-    mean = (coarse.weights * total).sum()
-    if not mean > 0:
-        return torch.ones_like(signal.values)
-    return _interpolate(signal.standardized().values, coarse.values, total / mean)
-
-
-def _given_term(values: Tensor, row: Tensor, curve: Tensor) -> Tensor:
-    """The mean of a function of ``sum_j W_j x_j`` given one term's ``x_j``, the rest taken as Gaussian.
-
-    Args:
-        values: Shape (n,): what x_j may be.
-        row: Shape (fan_in,).
-        curve: Shape (_FEW_NODES,): the function of the sum.
-
-    Returns:
-        Shape (fan_in, n).
-    """
-    grid, _ = gaussian_nodes(_FEW_NODES)
-    z, probability = gaussian_nodes(48)
-    share = (row / row.norm().clamp(min=1e-30))[:, None, None]
-    sums = share * values[:, None] + (1 - share.square()).clamp(min=0).sqrt() * z
-    return _interpolate(sums, grid, curve.contiguous()) @ probability
-
-
-def _by_pair(signal: Signal, rows: Tensor, slopes: Tensor, pairs: Tensor) -> Tensor:
-    """How what a gradient that is the same at all positions adds at overlapping taps depends on a term's value.
-
-    The slopes of two sums that share x_j are related through it: of few terms each tells of x_j.
-
-    Args:
-        signal: The terms', independent.
-        rows: Shape (rows, fan_in), the taps of one input channel after another.
-        slopes: Shape (_FEW_NODES, rows): the function's slope at the sum, over its value.
-        pairs: See :attr:`_Taps.pairs`.
-
-    Returns:
-        Shape (n,), over the signal's values: without what unrelated slopes make of it.
-    """
-    coarse = Signal.of(signal.values, signal.weights, 48).standardized()
-    total = torch.zeros_like(coarse.values)
-    for row, slope in zip(rows, slopes.T, strict=True):
-        terms = (row[:, None] * _given_term(coarse.values, row, slope)).unflatten(0, (-1, len(pairs)))
-        mean = terms @ coarse.weights
-        alone = torch.einsum("ck,kl,cl->", mean, pairs, mean)
-        total = total + (torch.einsum("ckn,kl,cln->n", terms, pairs, terms) - alone) / len(rows)
-    return _interpolate(signal.standardized().values, coarse.values, total)
-
-
-def _ratio(part: Tensor, whole: Tensor | float) -> float:
-    return float(part) / float(whole) if float(whole) > 0 else 0.0
-
-
-def positions(node: fx.Node) -> tuple[int, ...]:
-    """The node's shape behind batch and channels."""
-    return (shape(node) or ())[2:]
-
-
-def _transposed_share(node: fx.Node, layer: Any) -> float:
-    """The share of its taps that an output of a transposed convolution reads, on average over the map.
-
-    ``1 / prod(stride)`` far from borders; on small maps less, as most taps reach beyond the input.
-    """
-    before, after = shape(tensor_inputs(node)[0]), shape(node)
-    if before is None or after is None or isinstance(layer.padding, str):
-        return 1.0 / math.prod(layer.stride)
-    share = 1.0
-    for axis, taps in enumerate(layer.kernel_size):
-        dim = axis - len(layer.kernel_size)
-        first = torch.arange(before[dim]) * layer.stride[axis] - layer.padding[axis]
-        place = first[:, None] + torch.arange(taps) * layer.dilation[axis]
-        reached = ((place >= 0) & (place < after[dim])).sum()
-        share *= float(reached) / (taps * after[dim])
-    return share
-
-
-def _taps(node: fx.Node, layer: Any) -> _Taps | None:
-    """Where a convolution's outputs read, if its map has positions and its padding is zeros."""
-    size = getattr(layer, "kernel_size", ())
-    before, after = ((shape(n) or ())[-len(size) :] for n in (tensor_inputs(node)[0], node))
-    if not size or len(before) != len(size) or getattr(layer, "padding_mode", "zeros") != "zeros":
-        return None
-    padding = layer.padding
-    if node.op == "call_function":
-        padding = argument(node, 4, "padding", 0)
-    if padding == "same":
-        padding = [(d * (k - 1)) // 2 for k, d in zip(size, layer.dilation, strict=True)]
-    elif isinstance(padding, (str, int)):
-        padding = [padding if isinstance(padding, int) else 0] * len(size)
-    taps = _Taps(before, size, layer.stride, padding, layer.dilation)
-    # An even kernel's "same" padding is lopsided.
-    return taps if taps.inside.shape == after else None
-
-
-@dataclass(frozen=True)
-class _Taps:
-    """The positions that a convolution's outputs read: outside of the input stand zeros.
-
-    Attributes:
-        before: The input's positions, by axis; the others likewise.
-    """
-
-    before: tuple[int, ...]
-    size: Sequence[int]
-    stride: Sequence[int]
-    padding: Sequence[int]
-    dilation: Sequence[int]
-
-    @functools.cached_property
-    def kernel(self) -> Tensor:
-        return torch.ones((1, 1, *self.size), dtype=torch.float64) / math.prod(self.size)
-
-    @functools.cached_property
-    def inside(self) -> Tensor:
-        """The share of each output's taps that the input has."""
-        return self.read(torch.ones(self.before, dtype=torch.float64))
-
-    @functools.cached_property
-    def pairs(self) -> Tensor:
-        """Shape (taps, taps): by which two taps outputs meet at an input position, per output; 0 for one tap."""
-        met = torch.ones(1, 1, dtype=torch.float64)
-        for axis, taps in enumerate(self.size):
-            outputs = self.inside.shape[axis]
-            first = torch.arange(outputs) * self.stride[axis] - self.padding[axis]
-            place = first + torch.arange(taps)[:, None] * self.dilation[axis]
-            inside = (place >= 0) & (place < self.before[axis])
-            reads = torch.zeros(taps, self.before[axis], dtype=torch.float64)
-            reads[torch.arange(taps)[:, None].expand_as(place)[inside], place[inside]] = 1.0
-            met = torch.kron(met, reads @ reads.T / outputs)
-        return met.fill_diagonal_(0.0)
-
-    def read(self, energy: Tensor) -> Tensor:
-        """The mean over each output's taps."""
-        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.size) - 1]
-        where = (self.stride, self.padding, self.dilation)
-        return convolve(energy[None, None], self.kernel, None, *where)[0, 0]
-
-    def spread(self, place: Tensor) -> Tensor:
-        """Each output's share over its taps; of mean 1 if ``place`` is 1 everywhere."""
-        back = getattr(input_gradients, f"conv{len(self.size)}d_input")
-        where = (self.stride, self.padding, self.dilation)
-        there = back((1, 1, *self.before), self.kernel, place[None, None], *where)[0, 0]
-        return there * (there.numel() / self.inside.sum())
-
-
-def _even_out(x: Tensor) -> Tensor:
-    """Divided by its mean; even where that is 0."""
-    return x / x.mean() if x.mean() > 0 else torch.ones_like(x)
+def _is_one(function: Callable[[Tensor], Tensor]) -> bool:
+    """Whether it is known to be the same function for all channels."""
+    if not isinstance(function, _Finish):
+        return function is _same
+    sizes = {t.numel() for t in (function.mean, function.std) if isinstance(t, Tensor)}
+    return sizes <= {1} and not activations.is_learned(function.activation)
