@@ -238,7 +238,7 @@ def _draw_fractions(axis: Any, pairs: list[tuple[Record, Record | None]], names:
         axis.plot(range(len(pairs)), values, marker, color=color, markersize=6, label=label)
     axis.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 0.97), fontsize=8)
     axis.set_ylim(-0.05, 1.05)
-    axis.set_ylabel("units, rows")
+    axis.set_ylabel("share, |cos|")
 
 
 def _label_depth(axes: Any, records: list[Record], width: float) -> None:
