@@ -68,23 +68,47 @@ def sum_of(signal: Signal, count: int) -> Signal:
     return functools.reduce(Signal.plus, [coarse] * (count - 1), coarse) if count else Signal.constant(0.0)
 
 
-def picked(signal: Signal, result: Signal, end: int, scale: float = 1.0) -> Callable[[Tensor], Tensor]:
+def picked(
+    values: Tensor, chance: Tensor, result: Signal, scale: float = 1.0
+) -> Callable[[Tensor], Tensor]:
     """How a gradient passes an extremum: all of a window's to the one element that is in the result.
 
     Args:
-        signal: The elements'.
-        result: The extremum's, moved and scaled.
-        end: Which end of both is one and the same: -1 of a maximum, 0 of a minimum.
+        values: What each element becomes if it is that one.
+        chance: That it is, times the window's size, shape (n,).
+        result: The extremum's.
         scale: By what the extremum was multiplied.
     """
-    y = result.values[end] + (signal.values - signal.values[end]) * scale
-    nearest = torch.bucketize(y, (result.values[1:] + result.values[:-1]) / 2)
-    weights = torch.zeros_like(result.values).index_add_(0, nearest, signal.weights)
-    chance = (result.weights / weights.clamp_min(1e-300))[
-        nearest
-    ]  # to be that one, times the window's size
-    chance = chance / (signal.weights @ chance)
-    return lambda density: scale**2 * chance * interpolate(y, result.values, density)
+    return lambda density: scale**2 * chance * interpolate(values, result.values, density)
+
+
+def extreme(
+    signal: Signal, count: int, side: float, law: tuple[Tensor, Tensor] | None = None
+) -> tuple[Signal, Tensor]:
+    """The greatest of ``count`` (with side -1 the smallest), and each value's ``chance`` as :func:`picked` has it.
+
+    Args:
+        signal: The elements'.
+        count: How many independent ones a window has.
+        side: See above.
+        law: What each channel holds, shape (nodes, channels), and the nodes' weights: a window is of one channel.
+    """
+    if law is None:
+        flipped = signal.affine(side)
+        most = flipped.greatest(count)
+        chance = (most / flipped.weights).clamp(max=count)
+        return flipped.maximum(count).affine(side), chance if side > 0 else chance.flip(0)
+    values, weights = law
+    order = (values * side).argsort(0)
+    y, w = values.gather(0, order), weights[:, None].expand_as(values).gather(0, order)
+    below = w.cumsum(0).clamp(max=1.0).pow(count)
+    most = below.diff(dim=0, prepend=torch.zeros_like(below[:1])).clamp_min(0.0)
+    nearest = torch.bucketize(y, (signal.values[1:] + signal.values[:-1]) / 2).flatten()
+    own, chosen = (torch.zeros_like(signal.values).index_add_(0, nearest, t.flatten()) for t in (w, most))
+    seen = own > 0
+    chance = interpolate(signal.values, signal.values[seen], (chosen[seen] / own[seen]).clamp(max=count))
+    chance = chance / (signal.weights @ chance).clamp_min(1e-300)
+    return Signal.of(y, most), chance.clamp(max=count)
 
 
 def product(x: Signal, y: Signal, function: Callable[[Tensor], Tensor]) -> tuple[Signal, list[Any], Signal]:

@@ -765,13 +765,7 @@ def _adaptive_products(shape: Sequence[int], output_size: Sequence[int | None]) 
 
 def _declare_max(signal: Signal, count: int, correlation: float, mean: float, std: float) -> Declared:
     """The standardised maximum's signal, and ``1/std^2``: each output's gradient goes to one input."""
-    if correlation == 0:
-        return signal.maximum(count).affine(1 / std, -mean / std), (1 / std**2,)
-    z, w = gaussian_nodes(_COMMON)
-    quantile = torch.special.ndtri(signal.weights.cumsum(0).clamp(max=1.0)).unsqueeze(-1)
-    given = gaussian.cdf((quantile - math.sqrt(correlation) * z) / math.sqrt(1 - correlation))
-    below = (given**count * w).sum(-1)
-    greatest = Signal.of(signal.values, below.diff(prepend=below.new_zeros(1)).clamp_min(0))
+    greatest = Signal.of(signal.values, signal.greatest(count, correlation))
     return greatest.affine(1 / std, -mean / std), (1 / std**2,)
 
 
@@ -814,7 +808,12 @@ class MaxPool(nn.Module):
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """The standardised maximum's signal, and ``1/std^2``."""
         (signal,) = signals
-        return _declare_max(signal, len(self.table) - 1, self.correlation, *self.table[-1])
+        count, mean, std = self.window(shapes)
+        return _declare_max(signal, count, self.correlation, mean, std)
+
+    def window(self, shapes: Shapes) -> tuple[int, float, float]:
+        """How many elements a whole window has, and mean and std of their greatest."""
+        return len(self.table) - 1, *self.table[-1]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, correlation={self.correlation}"
@@ -899,10 +898,14 @@ class AdaptiveMaxPool(nn.Module):
     def propagate(self, *signals: Signal, shapes: Shapes = None) -> Declared:
         """The standardised maximum's signal, and ``1/std^2``, of the largest window; needs ``shapes``."""
         (signal,) = signals
+        count, mean, std = self.window(shapes)
+        return _declare_max(signal, count, self.correlation, mean, std)
+
+    def window(self, shapes: Shapes) -> tuple[int, float, float]:
+        """How many elements the largest window has, and mean and std of their greatest; needs ``shapes``."""
         shape = _map_like(self, shapes).shape[-self._spatial :]
         count = _adaptive_products(shape, per_axis(self.output_size, self._spatial))[-1]
-        constants = _max_moments(self.values, (count,), self.correlation)[0]
-        return _declare_max(signal, count, self.correlation, *constants)
+        return count, *_max_moments(self.values, (count,), self.correlation)[0]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, correlation={self.correlation}"

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normprop import gaussian
+
 _NODES = 512
+_COMMON = 129  # of what correlated values have in common
 _REACH = 8.5  # standard deviations; what lies beyond has probability 2e-17
 _FAR = 12.0  # standard deviations; what lies beyond shares the outermost bins
 
@@ -74,6 +77,8 @@ class Signal:
         var = float((weights * (values - mean).square()).sum())
         # Rare values far out would make the bins too wide for all others.
         low, high = max(low, mean - _FAR * math.sqrt(var)), min(high, mean + _FAR * math.sqrt(var))
+        if high - low <= 1e-12 * max(abs(low), abs(high)):
+            return cls.constant(mean)
         index = ((values - low) * ((bins - 1) / (high - low))).round().long().clamp(0, bins - 1)
         mass = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weights)
         moment = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, weights * values)
@@ -161,10 +166,24 @@ class Signal:
 
     def maximum(self, count: int) -> Signal:
         """The largest of ``count`` independent copies."""
-        below = self.weights.cumsum(0).clamp(max=1.0).pow(count)
-        weights = below.diff(prepend=below.new_zeros(1))
-        kept = weights > 0
-        return Signal.of(self.values[kept], weights[kept])
+        return Signal.of(self.values, self.greatest(count))
+
+    def greatest(self, count: int, correlation: float = 0.0) -> Tensor:
+        """The probability that the largest of ``count`` copies has each of the values: shape (n,).
+
+        Args:
+            count: How many.
+            correlation: Of the Gaussians behind the copies, in [0, 1).
+        """
+        below = self.weights.cumsum(0).clamp(max=1.0)
+        if correlation:
+            z, w = gaussian_nodes(_COMMON)
+            quantile = torch.special.ndtri(below).unsqueeze(-1)
+            given = gaussian.cdf((quantile - math.sqrt(correlation) * z) / math.sqrt(1 - correlation))
+            below = (given**count * w).sum(-1)
+        else:
+            below = below.pow(count)
+        return below.diff(prepend=below.new_zeros(1)).clamp_min(0.0)
 
     @staticmethod
     def mixture(parts: Sequence[Signal], shares: Sequence[float]) -> Signal:

@@ -711,6 +711,12 @@ def test_a_model_without_data():
     ).shape == (2, 4)
 
 
+def test_a_norm_of_the_data_without_data():
+    model = nn.Sequential(B(3), C(3, 8), B(8), nn.ReLU()).to("meta")
+    conversion = convert(model, example=torch.empty(1, 3, 13, 12), strict=True)
+    assert conversion.model(torch.empty(2, 3, 13, 12, device="meta")).shape == (2, 8, 13, 12)
+
+
 def test_a_norm_that_nothing_reads_stays():
     def forward(self, x):
         self.unread(y := self.conv(x))

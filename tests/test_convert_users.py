@@ -504,6 +504,19 @@ def test_arguments_at_their_defaults_are_noted():
         masked.model(x)
 
 
+def test_an_argument_that_nothing_reads_before_one_that_counts():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n = nn.Linear(5, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x, unread=None, mask=None):
+            return torch.relu(self.n(self.a(x))) * mask
+
+    x, mask = torch.randn(2, 5), torch.zeros(2, 8)
+    assert convert(Masked(), example=(x, x, mask), strict=True).model(x, x, mask).abs().max() == 0
+
+
 def test_a_hook_that_was_traced_through_is_noted():
     model = nn.Sequential(nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)), nn.Linear(8, 3))
     model[0].register_forward_hook(lambda module, args, y: y * 2)

@@ -1087,6 +1087,12 @@ BETWEEN = {
     "max pool": (lambda s, a, b: F.relu(s.m(a)), nn.MaxPool2d(3, 2, 1)),
     "minimum": (lambda s, a, b: -F.relu(F.max_pool2d(-b, 2)), None),
     "normalised max pool": (lambda s, a, b: s.m(a), NormalizedMaxPool2d(2)),
+    "pool of a product": (lambda s, a, b: F.relu(s.m(torch.tanh(a) * torch.sigmoid(b))), nn.MaxPool2d(2)),
+    "pool of a concat": (lambda s, a, b: s.m(torch.cat([a, 0.1 * b], 1)), nn.MaxPool2d(2)),
+    "pool of a concat, normalised": (lambda s, a, b: s.m(torch.cat([a, b], 1)), NormalizedMaxPool2d(2)),
+    "pool and its places": (lambda s, a, b: F.relu(F.max_pool2d(a, 2, return_indices=True)[0]), None),
+    "reflection": (lambda s, a, b: F.relu(F.pad(a, (4, 4, 4, 4), mode="reflect")), None),
+    "crop": (lambda s, a, b: F.relu(F.pad(a, (-4, -4, -4, -4))), None),
     "largest of all": (lambda s, a, b: F.relu(s.m(a)), normprop.NormalizedAdaptiveMaxPool2d(4)),
     "average": (lambda s, a, b: F.relu(s.m(a)), nn.AvgPool2d(2)),
     "normalised average": (lambda s, a, b: F.relu(s.m(a)), normprop.NormalizedAvgPool2d(2)),
@@ -1121,3 +1127,15 @@ def test_what_passed_a_rectifier_passes_the_next(name):
     )  # fmt: skip
     seen = normprop.measure(net.train(), randn(32, 16, 16, 16))
     assert seen.predicted["x"].gradient == pytest.approx(seen["x"].gradient, rel=0.08)
+
+
+@pytest.mark.parametrize("size", [16, 32, 112])
+def test_a_maximum_that_is_always_the_same(size):
+    model = nn.Sequential(nn.BatchNorm2d(8), nn.Hardtanh(), nn.AdaptiveMaxPool2d(1))
+    largest = predict(model, torch.zeros(2, 8, size, size))[-1]
+    assert (largest.mean, largest.std) == pytest.approx((1.0, 0.0), abs=1e-6)
+
+
+def test_dropout_of_everything():
+    trace = predict(nn.Sequential(nn.Linear(8, 64), nn.Dropout(1.0)), torch.zeros(2, 8))
+    assert [(r.std, r.gradient) for r in trace][1:] == [(pytest.approx(trace[1].std), 0.0), (0.0, 1.0)]

@@ -24,6 +24,7 @@ from normprop.density import (
     alike,
     by_pair,
     by_term,
+    extreme,
     in_average,
     interpolate,
     of_some,
@@ -74,6 +75,7 @@ _FUNCTIONAL_NORMS = {
 _GLOBAL = 49  # positions of a global pool where sizes are unknown: 7x7
 _AVERAGES = (pools.AvgPool, pools.AdaptiveAvgPool)
 _MAXIMA = (pools.MaxPool, pools.AdaptiveMaxPool)
+_LAW_NODES = 257
 SMALL_FAN_IN = 32  # up to which the distribution of a layer's sums is computed, above it is Gaussian
 
 
@@ -158,6 +160,8 @@ class Walk:
         self.notes: dict[fx.Node, str] = {}
         # Mean and std of each channel, where it is Gaussian: behind weight layers and BatchNorm.
         self.channels: dict[fx.Node, tuple[Tensor, Tensor]] = {}
+        # The same with the function of it that the node is; of concats those of all parts.
+        self.laws: dict[fx.Node, list[tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]]] = {}
         # Mean of each channel, and the mean of their variances, there and behind functions of them.
         self.levels: dict[fx.Node, Tensor] = {}
         self.within: dict[fx.Node, float] = {}
@@ -185,7 +189,7 @@ class Walk:
             return
         if self.normalizes_data(node):
             factors = self._rule(node, module, inputs)[1] if inputs else []
-            for known in (self.origin, self.channels, self.levels, self.within, self.energies):
+            for known in (self.origin, self.channels, self.laws, self.levels, self.within, self.energies):
                 known.pop(node, None)  # type: ignore[attr-defined]
             self.signals[node], self.factors[node] = (
                 Signal.gaussian(),
@@ -273,6 +277,8 @@ class Walk:
         what, first = key(node), inputs[0]
         single = len(inputs) == len(tensor_inputs(node)) == 1
         if self.drops and (dropped := _drop_share(node, module)):
+            if dropped == 1:
+                return Signal.constant(0.0), [0.0]
             signal, scale = self._signal(first), 1 / (1 - dropped)
             result = Signal.mixture([signal.affine(scale), Signal.constant(0.0)], [1 - dropped, dropped])
             return result, [of_some(signal.values * scale, scale, result)]
@@ -292,7 +298,7 @@ class Walk:
         if what in ("add", "sub", "mul", "div") and len(inputs) == 2:
             return self._arithmetic(node, what, inputs)
         if what in ("cat", "stack"):
-            return self._cat(inputs)
+            return self._cat(node, inputs)
         if what == "pad" or type(module).__module__ == "torch.nn.modules.padding":
             return self._pad(node, module, first)
         if (pooled := self._pool(node, module, what, first)) is not None:
@@ -361,14 +367,18 @@ class Walk:
                 self.notes[node] = f"{name}: neighbours' correlation taken as {module.correlation:.2g}"
         shapes = [shape(n) for n in inputs]
         try:
-            signal, factors = module.propagate(
-                *(self._signal(n) for n in inputs), shapes=None if None in shapes else shapes
-            )
+            known: Any = None if None in shapes else shapes
+            signal, factors = module.propagate(*(self._signal(n) for n in inputs), shapes=known)
         except ValueError:  # its constants depend on a size that is not known
             return self._without_rule(node), [1.0] * len(inputs)
         first = self._signal(inputs[0])
         if isinstance(module, _MAXIMA):
-            return signal, [picked(first, signal, -1, math.sqrt(factors[0]))]
+            count, mean, std = module.window(known)
+            if module.correlation or (law := self._law(inputs[0])) is None:
+                chance = (first.greatest(count, module.correlation) / first.weights).clamp(max=count)
+            else:
+                _, chance = extreme(first, count, 1.0, law)
+            return signal, [picked((first.values - mean) / std, chance, signal, 1 / std)]
         if isinstance(module, _AVERAGES):
             count, note = _window(node, module), self.notes[node]
             if module.correlation == 0 and inputs[0] in self.levels:  # whose differences do not average out
@@ -387,7 +397,9 @@ class Walk:
             return signal, [of_some(signal.values, factors[0], signal)]
         return signal, list(factors)
 
-    def _cat(self, inputs: list[fx.Node]) -> Result:
+    def _cat(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
+        if all(n in self.laws for n in inputs):
+            self.laws[node] = [law for n in inputs for law in self.laws[n]]
         sizes = [math.prod(shape(n) or (1,)) for n in inputs]
         shares = [size / sum(sizes) for size in sizes]
         parts = [self._signal(n) for n in inputs]
@@ -625,15 +637,15 @@ class Walk:
             or before is None
             or after is None
         ):
-            return signal, [1.0]  # -inf, before a maximum, never shows
+            return signal, [_same]  # -inf, before a maximum, never shows
         share = min(1.0, math.prod(before) / math.prod(after))
         if share == 1.0:
-            return signal, [1.0]
+            return signal, [_same]
         result = Signal.mixture([signal, Signal.constant(float(value))], [share, 1 - share])
         return result, [of_some(signal.values, share, result)]
 
     def _pool(self, node: fx.Node, module: nn.Module | None, what: str, source: fx.Node) -> Result | None:
-        name = what if module is None else type(module).__name__
+        name = what.removesuffix("_with_indices") if module is None else type(module).__name__
         if (found := _REDUCTIONS.get(name) or reading.POOLS.get(name)) is None:
             return None
         if name in ("max", "min") and len(tensor_inputs(node)) > 1:  # of two maps
@@ -652,13 +664,13 @@ class Walk:
         else:
             count = math.prod(pools.per_axis(size, spatial))
         if count == 1:
-            return signal, [1.0]
+            return signal, [_same]
         self.evens[node] = float(kind == "avg")
         if kind in ("max", "min"):
             self.notes[node] = f"{kind} pool: neighbours taken as independent"
             side = 1.0 if kind == "max" else -1.0
-            result = signal.affine(side).maximum(count).affine(side)
-            return result, [picked(signal, result, -1 if kind == "max" else 0)]
+            result, chance = extreme(signal, count, side, self._law(source))
+            return result, [picked(signal.values, chance, result)]
         pooled = self._average(node, source, count)
         if name == "sum":
             total = pooled.affine(count)
@@ -675,8 +687,17 @@ class Walk:
             y = function(z[:, None] * std + mean)
         self.levels[node] = weights @ y
         self.within[node] = float((weights @ (y - self.levels[node]).square()).mean())
+        self.laws[node] = [(mean, std, function)]
         if function is _same:
             self.channels[node] = mean, std
+
+    def _law(self, node: fx.Node) -> tuple[Tensor, Tensor] | None:
+        """What each of its channels holds, shape (nodes, channels), and the nodes' weights; None if unknown."""
+        if node not in self.laws:
+            return None
+        z, weights = gaussian_nodes(_LAW_NODES)
+        with torch.no_grad():
+            return torch.cat([f(z[:, None] * std + mean) for mean, std, f in self.laws[node]], 1), weights
 
     def _average(self, node: fx.Node, source: fx.Node, count: int) -> Signal:
         """Of independent values: what channels differ by does not average out."""
@@ -870,7 +891,7 @@ def _drop_share(node: fx.Node, module: nn.Module | None) -> float:
         share = argument(node, 1, "p", 0.5) if argument(node, 2, "training", True) is True else 0.0
     else:
         return 0.0
-    return share if isinstance(share, float) and share < 1 else 0.0
+    return float(share) if isinstance(share, (int, float)) and 0 <= share <= 1 else 0.0
 
 
 def _normalized(signal: Signal, raw: bool) -> tuple[Signal, float]:

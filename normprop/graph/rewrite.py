@@ -563,7 +563,8 @@ class Rewriter:
         size = shape(head)
         spatial = len(size) - 2 if size else 2 * isinstance(norm, nn.BatchNorm2d)
         result = GlobalDataNorm((norm.num_features, *[1] * spatial))
-        if norm.running_mean is not None and norm.num_batches_tracked:
+        known = norm.running_mean is not None and not norm.running_mean.is_meta
+        if known and norm.num_batches_tracked:
             result.mean.copy_(norm.running_mean.view(result.mean.shape))
             result.std.copy_((norm.running_var + norm.eps).sqrt().view(result.std.shape))
         else:

@@ -738,7 +738,7 @@ def _drop_fixed_arguments(graph: fx.Graph) -> None:
             key(node) == "eq" or (fixed and str(node.target).rpartition("_")[2].isdigit())
         ):
             graph.erase_node(node)
-        elif fixed and node.users:
+        elif fixed:
             node.args = ()
 
 
