@@ -373,12 +373,7 @@ class Walk:
             return self._without_rule(node), [1.0] * len(inputs)
         first = self._signal(inputs[0])
         if isinstance(module, _MAXIMA):
-            count, mean, std = module.window(known)
-            if module.correlation or (law := self._law(inputs[0])) is None:
-                chance = (first.greatest(count, module.correlation) / first.weights).clamp(max=count)
-            else:
-                _, chance = extreme(first, count, 1.0, law)
-            return signal, [picked((first.values - mean) / std, chance, signal, 1 / std)]
+            return signal, [self._through_maximum(inputs[0], signal, module, *module.window(known))]
         if isinstance(module, _AVERAGES):
             count, note = _window(node, module), self.notes[node]
             if module.correlation == 0 and inputs[0] in self.levels:  # whose differences do not average out
@@ -396,6 +391,17 @@ class Walk:
         if signal is first:  # its elements, some of them or several times
             return signal, [of_some(signal.values, factors[0], signal)]
         return signal, list(factors)
+
+    def _through_maximum(
+        self, source: fx.Node, result: Signal, module: Any, count: int, mean: float, std: float
+    ) -> Factor:
+        """How a gradient passes a normalised maximum of ``count``."""
+        signal, law = self._signal(source), self._law(source)
+        if module.correlation or law is None:
+            chance = (signal.greatest(count, module.correlation) / signal.weights).clamp(max=count)
+        else:
+            _, chance = extreme(signal, count, 1.0, law)
+        return picked((signal.values - mean) / std, chance, result, 1 / std)
 
     def _cat(self, node: fx.Node, inputs: list[fx.Node]) -> Result:
         if all(n in self.laws for n in inputs):
