@@ -68,6 +68,11 @@ def sum_of(signal: Signal, count: int) -> Signal:
     return functools.reduce(Signal.plus, [coarse] * (count - 1), coarse) if count else Signal.constant(0.0)
 
 
+def chance_of_most(signal: Signal, count: int, correlation: float = 0.0) -> Tensor:
+    """That an element of each value is its window's greatest, times the window's size: shape (n,)."""
+    return (signal.greatest(count, correlation) / signal.weights).clamp(max=count)
+
+
 def picked(
     values: Tensor, chance: Tensor, result: Signal, scale: float = 1.0
 ) -> Callable[[Tensor], Tensor]:
@@ -75,7 +80,7 @@ def picked(
 
     Args:
         values: What each element becomes if it is that one.
-        chance: That it is, times the window's size, shape (n,).
+        chance: That it is, see :func:`chance_of_most`.
         result: The extremum's.
         scale: By what the extremum was multiplied.
     """
@@ -85,7 +90,7 @@ def picked(
 def extreme(
     signal: Signal, count: int, side: float, law: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Signal, Tensor]:
-    """The greatest of ``count`` (with side -1 the smallest), and each value's ``chance`` as :func:`picked` has it.
+    """The greatest of ``count`` (with side -1 the smallest), and each value's chance: :func:`chance_of_most`.
 
     Args:
         signal: The elements'.
@@ -95,8 +100,7 @@ def extreme(
     """
     if law is None:
         flipped = signal.affine(side)
-        most = flipped.greatest(count)
-        chance = (most / flipped.weights).clamp(max=count)
+        chance = chance_of_most(flipped, count)
         return flipped.maximum(count).affine(side), chance if side > 0 else chance.flip(0)
     values, weights = law
     order = (values * side).argsort(0)

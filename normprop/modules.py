@@ -358,8 +358,10 @@ def initial_gain(rule: NormRule, activation: nn.Module | None) -> float:
         return float(rule.gain)
     if activation is None:
         return 1.0
+    if activations.is_learned(activation):  # its parameters may have no values yet
+        activation = activations.exact(activation)
     with torch.no_grad():
-        jacobian = activations.moments(activations.exact(activation)).jacobian
+        jacobian = activations.moments(activation).jacobian
     jacobian = jacobian if isinstance(jacobian, float) else float(jacobian.mean())
     if jacobian == 0.0:
         raise ValueError(

@@ -22,7 +22,7 @@ from normprop.activations import ActivationLike
 from normprop.functional import Size
 from normprop.merges import Declared, Shapes, standardize
 from normprop.rows import is_plain
-from normprop.signal import Signal, gaussian_nodes
+from normprop.signal import COMMON, Signal, gaussian_nodes
 
 # --- windows: what they hold at borders ---------------------------------------------------------
 
@@ -523,7 +523,6 @@ class NormalizedUpsample(nn.Upsample):
 _MAX_POOL = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _ADAPTIVE_MAX_POOL = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)
 _GRID = 8193  # odd: a node at 0, where most kinks are
-_COMMON = 129
 
 
 def _phi_values(activation: ActivationLike | None) -> tuple[float, ...]:
@@ -543,7 +542,7 @@ def _max_moments(
     """
     reach = 8.5
     u = np.linspace(-reach, reach, _GRID)
-    common = np.linspace(-reach, reach, _COMMON)[:, None] if correlation else np.zeros((1, 1))
+    common = np.linspace(-reach, reach, COMMON)[:, None] if correlation else np.zeros((1, 1))
     density = np.exp(-(common**2) / 2)
     density /= density.sum()
     # Given what the window shares, its elements are independent, and F^n is the maximum's distribution.

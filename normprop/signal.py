@@ -19,7 +19,7 @@ from torch import Tensor
 from normprop import gaussian
 
 _NODES = 512
-_COMMON = 129  # of what correlated values have in common
+COMMON = 129  # of what correlated values have in common
 _REACH = 8.5  # standard deviations; what lies beyond has probability 2e-17
 _FAR = 12.0  # standard deviations; what lies beyond shares the outermost bins
 
@@ -177,7 +177,7 @@ class Signal:
         """
         below = self.weights.cumsum(0).clamp(max=1.0)
         if correlation:
-            z, w = gaussian_nodes(_COMMON)
+            z, w = gaussian_nodes(COMMON)
             quantile = torch.special.ndtri(below).unsqueeze(-1)
             given = gaussian.cdf((quantile - math.sqrt(correlation) * z) / math.sqrt(1 - correlation))
             below = (given**count * w).sum(-1)

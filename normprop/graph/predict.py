@@ -24,6 +24,7 @@ from normprop.density import (
     alike,
     by_pair,
     by_term,
+    chance_of_most,
     extreme,
     in_average,
     interpolate,
@@ -398,7 +399,7 @@ class Walk:
         """How a gradient passes a normalised maximum of ``count``."""
         signal, law = self._signal(source), self._law(source)
         if module.correlation or law is None:
-            chance = (signal.greatest(count, module.correlation) / signal.weights).clamp(max=count)
+            chance = chance_of_most(signal, count, module.correlation)
         else:
             _, chance = extreme(signal, count, 1.0, law)
         return picked((signal.values - mean) / std, chance, result, 1 / std)
