@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from normprop.data_norm import BatchDataNorm
 from normprop.graph.reading import RANDOM_NAMES, is_batch_norm
@@ -58,10 +59,10 @@ def _causes(model: nn.Module, inputs: tuple[Tensor, ...]) -> str:
     """For the message: why outputs may differ; ``model`` as prepared, in train mode."""
     found = _suspects(model)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    one, other = model(*inputs), model(*inputs)
-    if not one.isfinite().all():
+    one, other = _tensors(model(*inputs)), _tensors(model(*inputs))
+    if not all(output.isfinite().all() for output in one):
         return "; the model returns NaN or infinite values"
-    if found or torch.equal(one, other):
+    if found or all(map(torch.equal, one, other)):
         return found
     if changed := _changed(model, before):
         return f"; a forward pass changes the buffers {changed}"
@@ -92,10 +93,19 @@ def _inputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return inputs
 
 
-def _only_tensor(output: Any) -> Tensor:
-    if not isinstance(output, Tensor):
-        raise TypeError(f"the model returns a {type(output).__name__}; these checks need one tensor")
-    return output
+def _tensors(output: Any) -> list[Tensor]:
+    """All that a model returns, in order; None counts as nothing."""
+    found = [leaf for leaf in tree_leaves(output) if leaf is not None]
+    if not found or not all(isinstance(leaf, Tensor) for leaf in found):
+        other = next((type(leaf).__name__ for leaf in found if not isinstance(leaf, Tensor)), "None")
+        raise TypeError(
+            f"the model returns {other}; these checks need a tensor, or tensors in tuples, lists and dicts"
+        )
+    return found
+
+
+def _shapes(outputs: list[Tensor]) -> str:
+    return ", ".join(str(tuple(output.shape)) for output in outputs)
 
 
 def _gap(actual: Tensor, expected: Tensor, among: Tensor) -> float:
@@ -115,7 +125,8 @@ def assert_batch_independent(
     Dropout, stochastic depth and BatchDataNorm are switched off, with a warning that names them.
 
     Args:
-        model: Any model that returns one tensor; it is copied, not changed.
+        model: Any model that returns a tensor, or tensors in tuples, lists and dicts; it is copied, not
+            changed.
         x: At least two samples, shape ``(N, ...)``, or a tuple of the model's inputs.
         tolerance: In place of the default.
 
@@ -129,26 +140,28 @@ def assert_batch_independent(
         raise ValueError(f"x needs at least 2 samples, got {count}")
     twin = _prepared(model)
     with torch.no_grad():
-        together = _only_tensor(twin(*inputs))
-        limit = _tolerance(together.dtype) if tolerance is None else tolerance
+        together = _tensors(twin(*inputs))
         for index in range(count):
             try:
-                alone = twin(*(one[index : index + 1] for one in inputs))
+                alone = _tensors(twin(*(one[index : index + 1] for one in inputs)))
             except Exception as error:
                 raise AssertionError(
                     f"the model fails on sample {index} alone: {error}{_suspects(model)}"
                 ) from error
-            if alone.shape[:1] != (1,) or together.shape[:1] != (count,):
+            rows = {(o.shape[:1], a.shape[:1]) for o, a in zip(together, alone, strict=False)}
+            if len(alone) != len(together) or rows != {((count,), (1,))}:
                 raise ValueError(
-                    f"the model makes an output of shape {tuple(together.shape)} of {count} samples and "
-                    f"{tuple(alone.shape)} of one; expected one row a sample"
+                    f"the model makes an output of shape {_shapes(together)} of {count} samples and "
+                    f"{_shapes(alone)} of one; expected one row a sample"
                 )
-            gap = _gap(alone[0], together[index], together)
-            if not gap <= limit:
-                raise AssertionError(
-                    f"sample {index}'s output depends on the rest of its batch: alone it differs by "
-                    f"{gap:.2g} of the largest output (limit {limit:.0e}){_causes(twin, inputs)}"
-                )
+            for one, every in zip(alone, together, strict=True):
+                gap = _gap(one[0], every[index], every)
+                limit = _tolerance(every.dtype) if tolerance is None else tolerance
+                if not gap <= limit:
+                    raise AssertionError(
+                        f"sample {index}'s output depends on the rest of its batch: alone it differs by "
+                        f"{gap:.2g} of the largest output (limit {limit:.0e}){_causes(twin, inputs)}"
+                    )
 
 
 def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -> None:
@@ -157,7 +170,8 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -
     Dropout, stochastic depth and BatchDataNorm are switched off, with a warning that names them.
 
     Args:
-        model: Any model that returns one tensor; it is copied, not changed.
+        model: Any model that returns a tensor, or tensors in tuples, lists and dicts; it is copied, not
+            changed.
         x: Shape ``(N, ...)``, or a tuple of the model's inputs.
 
     Raises:
@@ -169,17 +183,22 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -
     buffers = {name: buffer.clone() for name, buffer in twin.named_buffers()}
     with torch.no_grad():
         try:
-            trained = twin(*inputs)
+            outputs = twin(*inputs)
         except Exception as error:
             raise AssertionError(f"the model fails in train mode: {error}{_suspects(model)}") from error
-        _only_tensor(trained)
+        trained = _tensors(outputs)
         changed = _changed(twin, buffers)
-        evaluated = copy.deepcopy(twin).eval()(*inputs)
-    if not torch.equal(trained, evaluated):
+        evaluated = _tensors(copy.deepcopy(twin).eval()(*inputs))
+    if [o.shape for o in trained] != [o.shape for o in evaluated]:
         raise AssertionError(
-            f"train() and eval() differ by {_gap(trained, evaluated, evaluated):.2g} of the largest output"
-            f"{_causes(twin, inputs)}"
+            f"train() returns an output of shape {_shapes(trained)}, eval() of {_shapes(evaluated)}"
         )
+    for one, other in zip(trained, evaluated, strict=True):
+        if not torch.equal(one, other):
+            raise AssertionError(
+                f"train() and eval() differ by {_gap(one, other, other):.2g} of the largest output"
+                f"{_causes(twin, inputs)}"
+            )
     if changed:
         raise AssertionError(f"a forward pass changes the buffers {changed}{_suspects(model)}")
 

@@ -330,10 +330,46 @@ def test_the_checks_refuse_what_they_cannot_judge():
     ):
         assert_batch_independent(nn.Sequential(net, nn.Flatten(0), nn.Unflatten(0, (-1, 1))), x)
     for check in (assert_batch_independent, assert_train_equals_eval):
-        with pytest.raises(TypeError, match="the model returns a tuple; these checks need one tensor"):
-            check(nn.LSTM(3, 2), x)
+        with pytest.raises(
+            TypeError, match="the model returns str; these checks need a tensor, or tensors"
+        ):
+            check(Returns(lambda net, x: {"out": net(x), "kind": "logits"}), x)
+        with pytest.raises(TypeError, match="the model returns None"):
+            check(Returns(lambda net, x: None), x)
     with pytest.raises(ValueError, match="no trainable parameter"):
         assert_accumulation_equals_batch(net.requires_grad_(False), x, y, F.mse_loss)
+
+
+class Returns(nn.Module):
+    """What ``shape_up(layer, x)`` makes of a linear layer and the input."""
+
+    def __init__(self, shape_up):
+        super().__init__()
+        self.net, self.shape_up = nn.Linear(3, 2), shape_up
+
+    def forward(self, x):
+        return self.shape_up(self.net, x)
+
+
+def test_outputs_may_be_tensors_in_tuples_and_dicts():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    fine = Returns(lambda net, x: {"out": net(x), "more": (x, [None, net(x).argmax(1)])})
+    assert_batch_independent(fine, x)
+    assert_train_equals_eval(fine, x)
+    mixes = Returns(lambda net, x: (x, {"out": net(x - x.mean(0))}))
+    with pytest.raises(AssertionError, match="sample 0's output depends on the rest of its batch"):
+        assert_batch_independent(mixes, x)
+    differs = Returns(lambda net, x: (x, net(x) * (2 if net.training else 1)))
+    with pytest.raises(AssertionError, match=r"train\(\) and eval\(\) differ by 1 of the largest output"):
+        assert_train_equals_eval(differs, x)
+    auxiliary = Returns(lambda net, x: (net(x), net(x)) if net.training else net(x))
+    with pytest.raises(AssertionError, match=r"shape \(4, 2\), \(4, 2\), eval\(\) of \(4, 2\)"):
+        assert_train_equals_eval(auxiliary, x)
+    assert_batch_independent(auxiliary, x)
+    several = Returns(lambda net, x: [net(x)] * len(x))
+    with pytest.raises(ValueError, match=r"\(4, 2\), \(4, 2\) of 4 samples and \(1, 2\) of one"):
+        assert_batch_independent(several, x)
 
 
 class TwoInputs(nn.Module):

@@ -503,7 +503,7 @@ def test_unwritable_output_folder(few, tmp_path):
         lambda out: train(QUICK, few, out),
         lambda out: compare(QUICK, few, ["none"], [16], 1, out),
     ):
-        with pytest.raises(InputError, match=r"cannot write there .*; choose another folder"):
+        with pytest.raises(InputError, match=r"cannot write there .*; choose another place"):
             call(tmp_path / "file" / "out")
 
 

@@ -140,12 +140,12 @@ def test_a_second_command_runs_only_what_is_missing(tmp_path, monkeypatch):
     first = reproduce("convergence", out=tmp_path, only="seed0", **DIGITS)
     assert first["status"] == "complete"
     more = reproduce("convergence", out=tmp_path, only="none,seed1", seeds=2, **DIGITS)
-    assert (more["status"], more["finished"], more["planned"]) == ("partial", 15, 24)
+    assert (more["status"], more["finished"], more["planned"]) == ("partial", 16, 26)
     assert [row for row in more["rows"] if row["seed"] == 0] == first["rows"]
     assert [row["norm"] for row in more["rows"] if row["seed"] == 1] == ["none"]
     monkeypatch.setattr("normprop.recipes.reproduce.load", lambda _: pytest.fail("nothing was missing"))
     again = reproduce("convergence", out=tmp_path, **DIGITS)
-    assert (again["status"], again["finished"], again["planned"]) == ("complete", 14, 14)
+    assert (again["status"], again["finished"], again["planned"]) == ("complete", 15, 15)
     assert again["rows"] == [*first["rows"], *(row for row in more["rows"] if row["seed"] == 1)]
 
 
@@ -310,7 +310,7 @@ def test_protocols_data_sets_and_rules_are_never_mixed(tmp_path, monkeypatch):
         (["table", "--protocol", "half"], "--protocol half: expected one of reduced, full"),
         (["table", "--jobs", "0"], "--jobs 0: expected at least 1"),
         (["table", "--seeds", "0"], "--seeds 0: expected at least 1"),
-        (["table", "--device", "tpu"], "--device tpu: expected auto, cpu or cuda"),
+        (["table", "--device", "tpu"], "--device tpu: expected one of auto, cpu, cuda"),
         (["table", "--only", "seed9"], "--only seed9: no run of table has this in its name; one is called"),
         (["table", "--dataset", "/no/such"], "--dataset /no/such: no such folder"),
     ],

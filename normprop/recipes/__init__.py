@@ -1,10 +1,30 @@
 """Users of the library: data, models, training, comparison (extra: 'normprop[recipes]')."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]  # of a result file
 
 
 class InputError(ValueError):
     """Bad input, told in one line: what was expected, what came, what to type."""
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Take what the file system refuses in this block for bad input.
+
+    Raises:
+        InputError: If it refuses anything, at the start or later (a full disk).
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{option} {path}: cannot write there ({error.strerror or error}); choose another place or free space"
+        ) from error
 
 
 def check_choice(option: str, value: object, known: Collection[str]) -> None:

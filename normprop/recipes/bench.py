@@ -29,13 +29,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import normprop
-from normprop.recipes import InputError, check_choice, check_count
+from normprop.recipes import InputError, Row, check_choice, check_count
 from normprop.recipes.models import COLORS, Blocks, build, check_norms
-from normprop.recipes.results import environment, new_figure, output_folder, write_json
+from normprop.recipes.results import check_device, environment, new_figure, output_folder, write_json
 from normprop.recipes.train import RULES, Run
 from normprop.recipes.zoo import load_model
 
-Row = dict[str, Any]
 PHASES = ("forward", "backward", "optimizer")
 PRECISIONS = ("fp32", "bf16")
 STEPS = 10  # of a round on a GPU
@@ -363,10 +362,7 @@ def bench(
         InputError: For an unknown norm or device, or ``rounds`` below 1.
     """
     check_norms(norms)
-    if device not in ("cpu", "cuda"):
-        raise InputError(f"--device {device}: expected cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    check_device(device)
     if device == "cpu" and any(case.cudagraphs for case in cases):
         raise InputError("--modes cudagraphs: needs --device cuda")
     check_count("--rounds", rounds)

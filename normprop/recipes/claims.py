@@ -13,15 +13,13 @@ from typing import Any
 
 from rich.table import Table
 
-from normprop.recipes import figures
+from normprop.recipes import Row, figures
 from normprop.recipes.hidden import observe_hidden
 from normprop.recipes.jacobian import jacobian_findings, jacobian_table, measure_jacobian
 from normprop.recipes.models import NORMS
 from normprop.recipes.speed import measure_speed, speed_findings, speed_table
 from normprop.recipes.summary import accuracy_table, best_lr, hidden_means, largest_steps
 from normprop.recipes.train import Observe, Run
-
-Row = dict[str, Any]
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "normprop, paper": {"norm": "normprop", "rule": "paper"},
@@ -205,7 +203,7 @@ def _hidden_mean(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Ro
 def _convergence(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     if protocol.papers:
         return _grid(protocol, seeds, (*NORMPROP, "batch"))
-    orthogonal = [f"{name}, orthogonal" for name in NORMPROP]
+    orthogonal = [f"{name}, orthogonal" for name in (*NORMPROP, "batch")]
     # The best at a quarter of the width, too.
     wide = _grid(protocol, 1, (*NORMPROP, orthogonal[0], "batch"), [{"width": 1.0}])
     return [*_grid(protocol, seeds, (*VARIANTS, ITS_STEP, *orthogonal)), *wide]

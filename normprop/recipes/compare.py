@@ -15,13 +15,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from normprop.recipes import InputError, check_count
+from normprop.recipes import InputError, Row, check_count
 from normprop.recipes.data import ImageData
 from normprop.recipes.models import COLORS, check_norms
 from normprop.recipes.results import environment, new_figure, output_folder, write_json
 from normprop.recipes.train import Run, fit, network
-
-Row = dict[str, Any]
 
 
 def compare(

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import normprop
 from normprop.graph.reading import OURS
-from normprop.recipes import InputError
+from normprop.recipes import InputError, writing
 from normprop.recipes.zoo import load_model
 
 FORMATS = (".onnx", ".pt2")
@@ -140,16 +140,13 @@ def written_whole(path: Path, option: str) -> Iterator[Path]:
     Raises:
         InputError: If nothing can be written there.
     """
-    try:
+    with writing(option, path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".normprop-") as folder:
             yield Path(folder) / path.name
             # A large ONNX model has its weights in a second file, which must be there first.
             for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == path.name):
                 os.replace(file, path.parent / file.name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{option} {path}: cannot write there ({reason}); choose another place") from error
 
 
 def save(model: nn.Module, path: Path, option: str = "--out") -> None:

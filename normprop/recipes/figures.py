@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from normprop.recipes import Row
 from normprop.recipes.models import COLORS
 from normprop.recipes.results import new_figure
 from normprop.recipes.speed import PAPER_SECONDS
 from normprop.recipes.summary import accuracies, by_epoch, failures, summarize
 
-Row = dict[str, Any]
 Figure = Callable[[Row, Path], None]
 BANDS = "mean over seeds, band from three seeds on: 95 % confidence interval"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from rich import box
@@ -13,8 +12,8 @@ from torch import Tensor
 
 import normprop
 from normprop.diagnostics import coherence, off_diagonal_norm
+from normprop.recipes import Row
 
-Row = dict[str, Any]
 SEEDS = 3
 FEATURES = 256
 DEPTH = 50

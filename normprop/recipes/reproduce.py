@@ -24,14 +24,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from normprop.recipes import InputError, check_choice, check_count, duration
+from normprop.recipes import InputError, Row, check_choice, check_count, duration, writing
 from normprop.recipes.claims import CLAIMS, PROTOCOLS, Claim, Planned, Protocol, run_key
 from normprop.recipes.data import ImageData, load
-from normprop.recipes.results import InUse, environment, exclusive, write_json
+from normprop.recipes.results import InUse, check_device, environment, exclusive, write_json
 from normprop.recipes.summary import summarize
 from normprop.recipes.train import RULES, Observe, Run, newest_checkpoint, train
 
-Row = dict[str, Any]
 Tell = Callable[..., None]
 # What a step costs besides its images, in images; it only matters for the time that is said to be left.
 STEP = 20
@@ -148,9 +147,18 @@ class Study:
         asked = [p for p in self.gather()[0] if _has(self.key(p), only)]
         return [p for p in asked if (self.row(p) or {"status": "partial"})["status"] == "partial"]
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Make the folders; what the file system refuses is bad input."""
+        with writing("--out", self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if self.claim.measurement is None:
+                self.runs.mkdir(parents=True, exist_ok=True)
+            yield
+
     def collect(self) -> Row:
         """Write ``results.json`` from all run folders and what it held before; what it holds."""
-        with _writable(self.out, self.runs), exclusive(self.runs):
+        with self.writing(), exclusive(self.runs):
             planned, rows = self.gather()
             finished = sum(row["status"] != "partial" for row in rows)
             keys = {row["key"] for row in rows}
@@ -174,7 +182,7 @@ class Study:
     def measure(self, device: str, report: Callable[[str], None]) -> Row:
         """Take the measurements of a claim without runs, write ``results.json``; what it holds."""
         assert self.claim.measurement is not None
-        with _writable(self.out):
+        with self.writing():
             pass  # before the work
         rows = self.claim.measurement(self.protocol.name, device, report)
         made_by = environment(device)
@@ -227,19 +235,6 @@ def _has(key: str, only: str) -> bool:
     return all(text in key for text in only.split(","))
 
 
-@contextmanager
-def _writable(out: Path, *more: Path) -> Iterator[None]:
-    """Make the folders; a file system that refuses is bad input."""
-    try:
-        for folder in (out, *more):
-            folder.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise InputError(
-            f"--out {out}: cannot write there ({error.strerror or error}); choose another folder or free space"
-        ) from error
-
-
 def study(claim: str, protocol: str, dataset: str, seeds: int | None, out: Path | None) -> Study:
     """A :class:`Study` from what was typed.
 
@@ -290,10 +285,7 @@ def reproduce(
             else, an ``only`` that no run has, or a process that was killed.
     """
     check_count("--jobs", jobs)
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {device}: expected auto, cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
+    check_device(device, ("auto", "cpu", "cuda"))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     this = study(claim, protocol, dataset, seeds, out)

@@ -23,7 +23,7 @@ try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None  # type: ignore[assignment]
-from normprop.recipes import InputError
+from normprop.recipes import InputError, check_choice, writing
 
 
 def environment(accelerator: str = "auto") -> dict[str, Any]:
@@ -43,6 +43,17 @@ def environment(accelerator: str = "auto") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "commit": _commit(),
     }
+
+
+def check_device(device: str, known: Sequence[str] = ("cpu", "cuda")) -> None:
+    """Refuse a device that is unknown, or CUDA where torch sees none.
+
+    Raises:
+        InputError: If it is.
+    """
+    check_choice("--device", device, known)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device; use --device cpu")
 
 
 def _commit() -> str | None:
@@ -146,22 +157,18 @@ def output_folder(out: Path, keep: Sequence[str] = ("results.json",)) -> Iterato
                 folder.rmdir()
 
     lock = None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = _lock(out)
-        probe = out / f".write-test-{os.getpid()}"
-        probe.write_bytes(b"normprop" * 512)
-        probe.unlink()
-        yield out
-    except OSError as error:
-        undo()
-        raise InputError(
-            f"--out {out}: cannot write there ({error.strerror or error}); choose another folder or free space"
-        ) from error
-    except BaseException:
-        undo()
-        raise
-    finally:
-        if lock is not None:
-            (out / ".lock").unlink(missing_ok=True)
-            lock.close()
+    with writing("--out", out):
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = _lock(out)
+            probe = out / f".write-test-{os.getpid()}"
+            probe.write_bytes(b"normprop" * 512)
+            probe.unlink()
+            yield out
+        except BaseException:
+            undo()
+            raise
+        finally:
+            if lock is not None:
+                (out / ".lock").unlink(missing_ok=True)
+                lock.close()

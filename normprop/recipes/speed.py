@@ -8,9 +8,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from normprop.recipes import Row
 from normprop.recipes.bench import Case, measure
 
-Row = dict[str, Any]
 BATCH_SIZE = 50
 STEPS = 50_000 // BATCH_SIZE
 PRECISIONS = {"reduced": ("fp32",), "full": ("fp32", "bf16")}

@@ -9,7 +9,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-Row = dict[str, Any]
+from normprop.recipes import Row
+
 WITHIN = 0.05  # of a variant's best mean accuracy: a step size that is not too large
 
 
