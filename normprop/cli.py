@@ -81,7 +81,12 @@ if typer is not None:
             help="'digits', a folder of parquet files or images, or a name on the Hugging Face Hub."
         ),
     ]
-    Model = Annotated[str, typer.Option(help="mlp, cnn, nin, resnet20, resnet18 or resnet110.")]
+    Model = Annotated[
+        str,
+        typer.Option(
+            help="mlp, cnn, nin, resnet20, resnet18, resnet110, or another library's: torchvision:NAME, timm:NAME."
+        ),
+    ]
     Rule = Annotated[str, typer.Option(help="NormProp's rule: paper or recommended.")]
     Width = Annotated[float, typer.Option(help="Factor on the numbers of hidden channels.")]
     Epochs = Annotated[int, typer.Option(help="Passes over the training data.")]
@@ -347,10 +352,7 @@ if typer is not None:
 
     @app.command()
     def bench(
-        model: Annotated[
-            str,
-            typer.Option(help="mlp, cnn, nin, resnet20, resnet18, resnet110, or torchvision:resnet50."),
-        ] = "nin",
+        model: Model = "nin",
         width: Width = 1.0,
         norms: Annotated[
             str, typer.Option(help="Separated by commas; none is always there.")

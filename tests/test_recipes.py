@@ -87,11 +87,43 @@ def test_nin_is_the_papers():
         (("nin", (1, 8, 8), 10), "--model nin needs images of at least 18x18, got 8x8"),
         (("cnn", (1, 3, 3), 10), "--model cnn needs images of at least 4x4, got 3x3"),
         (("cnn", (1, 8, 8), 10, "none", normprop.PAPER, 0.0), "--width 0.0: expected a number above 0"),
+        (
+            ("code_model:gray", (1, 8, 8), 10, "group"),
+            "--norm group: code_model:gray can be had with normprop",
+        ),
+        (
+            ("code_model:gray", (3, 8, 8), 10),
+            "--model code_model:gray fails on images of 3x8x8: Given groups=1",
+        ),
+        (
+            ("code_model:pair", (1, 8, 8), 10),
+            "--model code_model:pair returns a tuple in training; expected one",
+        ),
+        (("code_model:white", (1, 8, 8), 10), "MODEL code_model:white: there is no white"),
+        (
+            ("code_model:gray", (1, 8, 8), 10, "normprop", normprop.PAPER, 0.5),
+            "--model code_model:gray has its own width and activation; leave out --width",
+        ),
     ],
 )
 def test_bad_models_are_told_in_one_line(arguments, message):
     with pytest.raises(InputError, match=message):
         build(*arguments)
+
+
+def test_other_libraries_models_are_had_as_they_are_bare_and_converted():
+    x = torch.randn(3, 3, 32, 32)
+    kinds = {}
+    for norm in ("batch", "none", "normprop"):
+        net = build("timm:test_efficientnet", (3, 32, 32), 7, norm)
+        assert net(x).shape == (3, 7)
+        kinds[norm] = {type(m).__name__ for m in net.modules()}
+        normed = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert bool(normed) == (norm == "batch")
+        assert all(int(m.num_batches_tracked or 0) <= 1 for m in normed)  # the check did not train them
+    assert "NormPropConv2d" in kinds["normprop"] - kinds["none"]
+    bare = build("code_model:gray", (1, 8, 8), 10, "none")
+    assert [m.bias is not None for m in bare.modules() if isinstance(m, nn.Conv2d)] == [True] * 5
 
 
 def test_smallest_images():
@@ -328,9 +360,9 @@ def test_train_writes_the_results(few, tmp_path):
     assert correct == pytest.approx(outcome.test_accuracy)
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_resume_after_a_kill_ends_bit_for_bit_where_an_uninterrupted_run_ends(few, tmp_path, flip):
-    run = replace(QUICK, flip=flip)
+@pytest.mark.parametrize("change", [{}, {"flip": True}, {"model": "code_model:gray", "width": 1.0}])
+def test_resume_after_a_kill_ends_bit_for_bit_where_an_uninterrupted_run_ends(few, tmp_path, change):
+    run = replace(QUICK, **change)
     whole = train(run, few, tmp_path / "whole", devices="1")
 
     class Kill(BaseException):

@@ -50,6 +50,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(claims, "BATCH_SIZES", (1, 32))
     monkeypatch.setattr(claims, "LEARNING_RATES", (0.05, 1e12))
     monkeypatch.setattr(claims, "ACTIVATIONS", ("relu", "tanh"))
+    monkeypatch.setattr(claims, "LIBRARIES", ("code_model:gray",))
 
 
 def saved(out):

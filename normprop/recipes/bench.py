@@ -30,10 +30,9 @@ from torch import Tensor, nn
 
 import normprop
 from normprop.recipes import InputError, Row, check_choice, check_count
-from normprop.recipes.models import COLORS, Blocks, build, check_norms
+from normprop.recipes.models import COLORS, Blocks, build, check_norms, library_model
 from normprop.recipes.results import check_device, environment, new_figure, output_folder, write_json
 from normprop.recipes.train import RULES, Run
-from normprop.recipes.zoo import load_model
 
 PHASES = ("forward", "backward", "optimizer")
 PRECISIONS = ("fp32", "bf16")
@@ -83,38 +82,16 @@ class Case:
 
 
 def network(case: Case, norm: str) -> nn.Module:
-    """The case's model with a norm: a recipe (lightened), or another library's as it is, bare, or converted.
+    """The case's model with a norm: a recipe (lightened), or another library's.
 
     Raises:
         InputError: For an unknown model, or a norm that another library's model cannot be given.
     """
-    if ":" not in case.model:
-        shape = (3, case.image, case.image)
-        net = build(case.model, shape, case.classes, norm, RULES[case.rule], case.width)
-        return normprop.lighten(net) if norm == "normprop" else net
-    source = load_model(case.model)
-    if norm == "batch":
-        return source
-    if norm == "none":
-        return without_norm(source)
-    if norm != "normprop":
-        raise InputError(f"--norms {norm}: {case.model} can be timed with none, normprop and batch")
-    example = torch.empty(1, 3, case.image, case.image, device="meta")
-    return normprop.convert(source, RULES[case.rule], example=example).model
-
-
-def without_norm(model: nn.Module) -> nn.Module:
-    """A copy of a torchvision ResNet with each BatchNorm gone, and a bias in the convolution before it."""
-    bare = copy.deepcopy(model)
-    last: nn.Conv2d | None = None
-    for name, module in list(bare.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            last = module
-        elif isinstance(module, nn.BatchNorm2d):
-            assert last is not None
-            last.bias = nn.Parameter(torch.zeros(last.out_channels))
-            bare.set_submodule(name, nn.Identity())
-    return bare
+    shape, rule = (3, case.image, case.image), RULES[case.rule]
+    if ":" in case.model:
+        return library_model(case.model, shape, None, norm, rule)
+    net = build(case.model, shape, case.classes, norm, rule, case.width)
+    return normprop.lighten(net) if norm == "normprop" else net
 
 
 class Contender:

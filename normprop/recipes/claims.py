@@ -48,6 +48,11 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
+LIBRARIES = (
+    "torchvision:resnet18", "torchvision:mobilenet_v3_small", "torchvision:regnet_y_400mf",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How much is trained.
@@ -268,6 +273,14 @@ def _depth(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) ->
     ]
 
 
+def _converted(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
+    changes = {"width": 1.0, "data_norm": "channel", "flip": True}
+    settings = [protocol.short | changes | {"model": model} for model in LIBRARIES]
+    return _grid(
+        protocol, seeds, ("normprop, recommended", "normprop, recommended, orthogonal", "batch"), settings
+    )
+
+
 SHORT = {
     "width": "w", "batch_size": "b", "epochs": "e", "lr": "lr", "halve_every": "halve", "train_images": "n",
     "validation": "val", "trust_radius": "r", "limit_train_batches": "limit", "weight_decay": "wd",
@@ -282,7 +295,7 @@ def run_key(protocol: Protocol, dataset: str, run: Run) -> str:
         >>> run_key(PROTOCOLS["reduced"], "cifar10", PROTOCOLS["reduced"].run("batch", seed=1))
         'reduced-cifar10-nin-batch-w0.25-b100-e10-lr0.078125-batch_data-bf16-seed1'
     """
-    parts = [protocol.name, dataset, run.model, run.norm]
+    parts = [protocol.name, dataset, run.model.replace(":", "_"), run.norm]
     if run.norm == "normprop":
         parts.append(run.rule)
     for field in fields(Run):
@@ -390,6 +403,13 @@ CLAIMS = {
             "not in the paper: residual nets of 20 and 110 layers, without warm-up",
             figures.convergence,
             _depth,
+            ("model",),
+        ),
+        Claim(
+            "converted",
+            "not in the paper: torchvision's models as they are and converted, by the step sizes of normprop train",
+            figures.convergence,
+            _converted,
             ("model",),
         ),
     )

@@ -58,7 +58,8 @@ def compare(
         for batch_size in batch_sizes
         for norm in norms
     ]
-    network(runs[0], data)  # refuse what cannot be built before anything is written
+    for one in runs[: len(norms)]:
+        network(one, data)  # refuse what cannot be built before anything is written
     shared = {k: v for k, v in asdict(run).items() if k not in ("norm", "batch_size", "seed")}
     shared |= {
         "dataset": data.name,

@@ -6,10 +6,12 @@ is written in terms of :class:`Blocks`, which builds that triple for every norm.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -17,6 +19,7 @@ import normprop
 from normprop import NormRule
 from normprop.activations import as_module, names
 from normprop.recipes import InputError, check_choice
+from normprop.recipes.zoo import load_model
 
 COLORS = {
     "normprop": "#d1495b",
@@ -277,10 +280,10 @@ def build(
     width: float = 1.0,
     activation: str = "relu",
 ) -> nn.Module:
-    """A recipe model.
+    """A recipe model, or :func:`library_model`.
 
     Args:
-        model: One of :data:`MODELS`.
+        model: One of :data:`MODELS`, or ``"torchvision:NAME"``, ``"timm:NAME"``, ``"package.module:factory"``.
         shape: (C, H, W) of one image.
         classes: Number of outputs.
         norm: One of :data:`NORMS`.
@@ -298,9 +301,64 @@ def build(
         >>> build("cnn", (1, 8, 8), 10)(torch.zeros(1, 1, 8, 8)).shape
         torch.Size([1, 10])
     """
-    check_choice("--model", model, MODELS)
+    if ":" in model:
+        if (width, activation) != (1.0, "relu"):
+            raise InputError(
+                f"--model {model} has its own width and activation; leave out --width, --activation"
+            )
+        return library_model(model, shape, classes, norm, rule)
+    check_choice("--model", model, (*MODELS, "torchvision:NAME", "timm:NAME"))
     check_choice("--norm", norm, NORMS)
     check_choice("--activation", activation, names())
     if not 0 < width <= 100:
         raise InputError(f"--width {width}: expected a number above 0, at most 100")
     return MODELS[model](shape, classes, Blocks(norm, rule, activation), width)
+
+
+def library_model(
+    model: str, shape: tuple[int, int, int], classes: int | None, norm: str, rule: NormRule
+) -> nn.Module:
+    """Another library's model: as it is (``"batch"``), bare (``"none"``), or converted (``"normprop"``).
+
+    Args:
+        model: As :func:`normprop.recipes.zoo.load_model` takes it.
+        shape: (C, H, W) of one image.
+        classes: Number of outputs; None for the library's own number.
+        norm: ``"batch"``, ``"none"`` or ``"normprop"``.
+        rule: For ``"normprop"``.
+
+    Raises:
+        InputError: For an unknown model, another norm, or images that the model cannot read.
+    """
+    if norm not in ("normprop", "batch", "none"):
+        raise InputError(f"--norm {norm}: {model} can be had with normprop, batch and none")
+    source = load_model(model, classes)
+    try:
+        with torch.no_grad():
+            output = copy.deepcopy(source).train()(torch.zeros(2, *shape))
+    except Exception as error:  # the model's code meets an input that it was not made for
+        size = "x".join(map(str, shape))
+        raise InputError(
+            f"--model {model} fails on images of {size}: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(output, Tensor):
+        raise InputError(
+            f"--model {model} returns a {type(output).__name__} in training; expected one tensor"
+        )
+    if norm == "normprop":
+        return normprop.convert(source, rule, example=torch.empty(1, *shape, device="meta")).model
+    return source if norm == "batch" else without_norm(source)
+
+
+def without_norm(model: nn.Module) -> nn.Module:
+    """A copy with each BatchNorm2d gone, and a bias in the convolution before it."""
+    bare = copy.deepcopy(model)
+    last: nn.Conv2d | None = None
+    for name, module in list(bare.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            last = module
+        elif isinstance(module, nn.BatchNorm2d):
+            if last is not None:
+                last.bias = nn.Parameter(torch.zeros(last.out_channels))
+            bare.set_submodule(name, nn.Identity())
+    return bare

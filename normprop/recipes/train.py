@@ -52,7 +52,7 @@ class Run:
     """Everything that decides a training run's result.
 
     Attributes:
-        model: One of ``MODELS``.
+        model: One of ``MODELS``, or another library's, such as ``"torchvision:resnet18"``.
         norm: One of ``NORMS``.
         rule: One of :data:`RULES`, for NormProp.
         width: Factor on the hidden channels.

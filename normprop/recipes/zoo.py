@@ -19,10 +19,11 @@ from normprop.recipes import InputError
 FORMS = "expected torchvision:NAME, timm:NAME, package.module:factory or a FILE.pt"
 
 
-def load_model(spec: str) -> nn.Module:
+def load_model(spec: str, classes: int | None = None) -> nn.Module:
     """The model, with random weights; nothing is downloaded.
 
     Args:
+        classes: Outputs of torchvision's or timm's; None for what they have by default.
         spec: ``"torchvision:NAME"``, ``"timm:NAME"``, or ``"package.module:factory"``: a callable
             without arguments that returns a model (a class, or a model, is fine too). The current
             folder can be imported from.
@@ -33,10 +34,11 @@ def load_model(spec: str) -> nn.Module:
     source, colon, name = spec.partition(":")
     if not (source and colon and name):
         raise InputError(f"MODEL {spec}: {FORMS}")
+    options = {} if classes is None else {"num_classes": classes}
     if source == "torchvision":
-        return _from_torchvision(spec, name)
+        return _from_torchvision(spec, name, options)
     if source == "timm":
-        return _from_timm(spec, name)
+        return _from_timm(spec, name, options)
     return _from_code(spec, source, name)
 
 
@@ -65,22 +67,23 @@ def input_size(model: nn.Module, text: str | None, batch: int = 1) -> tuple[int,
     return size
 
 
-def _from_torchvision(spec: str, name: str) -> nn.Module:
+def _from_torchvision(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
     models = _package(spec, "torchvision").models
     _check_name(spec, name, models.list_models())
     # Some builders load a pretrained backbone unless told not to.
     known = inspect.signature(models.get_model_builder(name)).parameters
-    options: dict[str, Any] = {"weights_backbone": None} if "weights_backbone" in known else {}
+    if "weights_backbone" in known:
+        options = options | {"weights_backbone": None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of how two of them will be initialised one day
         return models.get_model(name, weights=None, **options)
 
 
-def _from_timm(spec: str, name: str) -> nn.Module:
+def _from_timm(spec: str, name: str, options: dict[str, Any]) -> nn.Module:
     timm = _package(spec, "timm")
     if not timm.is_model(name):
         _check_name(spec, name.split(".")[0], timm.list_models())
-    return timm.create_model(name, pretrained=False)
+    return timm.create_model(name, pretrained=False, **options)
 
 
 def _package(spec: str, name: str) -> Any:
