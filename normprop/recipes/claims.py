@@ -48,9 +48,7 @@ ACTIVATIONS = (
 )  # fmt: skip
 
 
-LIBRARIES = (
-    "torchvision:resnet18", "torchvision:mobilenet_v3_small", "torchvision:regnet_y_400mf",
-)  # fmt: skip
+LIBRARIES = ("torchvision:resnet18", "torchvision:densenet121")
 
 
 @dataclass(frozen=True)
@@ -274,11 +272,11 @@ def _depth(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) ->
 
 
 def _converted(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
-    changes = {"width": 1.0, "data_norm": "channel", "flip": True}
+    """As few images as where batches are small: these models are large."""
+    images = protocol.batches.get("train_images")
+    changes = {"train_images": images, "width": 1.0, "data_norm": "channel", "flip": True}
     settings = [protocol.short | changes | {"model": model} for model in LIBRARIES]
-    return _grid(
-        protocol, seeds, ("normprop, recommended", "normprop, recommended, orthogonal", "batch"), settings
-    )
+    return _grid(protocol, seeds, (*RIVALS, "normprop, recommended, orthogonal"), settings)
 
 
 SHORT = {

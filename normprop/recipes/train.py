@@ -114,7 +114,8 @@ class Run:
         if self.norm == "normprop" and self.orthogonal:
             base = ORTHOGONAL_LR
         elif self.norm == "normprop" and self.rule == "recommended":
-            base = RECOMMENDED_LR
+            # The output layer of another library's model is plain torch, which no radius bounds.
+            base = BASE_LR["batch"] if ":" in self.model else RECOMMENDED_LR
         return base * min(1.0, self.batch_size / 128)
 
     @property
