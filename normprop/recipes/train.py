@@ -114,7 +114,7 @@ class Run:
         if self.norm == "normprop" and self.orthogonal:
             base = ORTHOGONAL_LR
         elif self.norm == "normprop" and self.rule == "recommended":
-            # The output layer of another library's model is plain torch, which no radius bounds.
+            # What a converted ResNet-18 did better with (experiments/LOG.md, "Converted models").
             base = BASE_LR["batch"] if ":" in self.model else RECOMMENDED_LR
         return base * min(1.0, self.batch_size / 128)
 
