@@ -128,7 +128,7 @@ def check(spec: str) -> dict[str, Any]:
     row["notes"] = conversion.notes
     fresh = conversion.model
     kept = {n for n, _ in model.named_buffers()}
-    del model  # built again below: the largest would not fit beside its checks
+    del model, conversion  # built again below: the largest would not fit beside its checks
     try:
         with torch.no_grad():
             for s in (small, other):
@@ -152,7 +152,7 @@ def check(spec: str) -> dict[str, Any]:
     row["promises"] = promises(fresh, small)
     row["fold"] = folds(fresh, small, other)
     row["export"] = exports(fresh, small)
-    del fresh, conversion
+    del fresh
     gc.collect()
 
     model = quiet(load_model(spec)).train()

@@ -84,7 +84,8 @@ if typer is not None:
     Model = Annotated[
         str,
         typer.Option(
-            help="mlp, cnn, nin, resnet20, resnet18, resnet110, or another library's: torchvision:NAME, timm:NAME."
+            help="mlp, cnn, nin, resnet20, resnet18, resnet110, or another library's: torchvision:NAME, timm:NAME, "
+            "package.module:factory."
         ),
     ]
     Rule = Annotated[str, typer.Option(help="NormProp's rule: paper or recommended.")]
@@ -308,7 +309,7 @@ if typer is not None:
             str,
             typer.Argument(
                 help="data-norm, hidden-mean, convergence, batch-size, table, speed, jacobian, activations, "
-                "step-size, beyond or depth."
+                "step-size, beyond, depth or converted."
             ),
         ],
         protocol: Annotated[
@@ -617,7 +618,7 @@ def _model(spec: str, size: str | None) -> tuple[Any, Any]:
     """A model and two Gaussian samples that it takes."""
     import torch
 
-    from normprop.recipes import InputError
+    from normprop.recipes import InputError, first_line
     from normprop.recipes.export import gaussian, load, outputs
     from normprop.recipes.zoo import input_size
 
@@ -629,9 +630,8 @@ def _model(spec: str, size: str | None) -> tuple[Any, Any]:
         outputs(network, example)
     except Exception as error:  # the model's code meets an input that it was not made for
         said = "x".join(map(str, shape))
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"--input-size {said}: MODEL {spec} cannot run on such samples ({reason})"
+            f"--input-size {said}: MODEL {spec} cannot run on such samples ({first_line(error)})"
             + ("; pass another --input-size" if size is None else "")
         ) from error
     return network, example

@@ -78,7 +78,9 @@ def _changed(model: nn.Module, before: dict[str, Tensor]) -> str:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype.to_real(), 2e-2)
 
 
 def _inputs(x: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -97,20 +99,23 @@ def _tensors(output: Any) -> list[Tensor]:
     """All that a model returns, in order; None counts as nothing."""
     found = [leaf for leaf in tree_leaves(output) if leaf is not None]
     if not found or not all(isinstance(leaf, Tensor) for leaf in found):
-        other = next((type(leaf).__name__ for leaf in found if not isinstance(leaf, Tensor)), "None")
+        other = next((type(leaf).__name__ for leaf in found if not isinstance(leaf, Tensor)), "")
         raise TypeError(
-            f"the model returns {other}; these checks need a tensor, or tensors in tuples, lists and dicts"
+            f"among the model's outputs is {f'a {other}' if other else 'no tensor'}; these checks need a tensor, "
+            "or tensors in tuples, lists and dicts"
         )
     return found
 
 
 def _shapes(outputs: list[Tensor]) -> str:
-    return ", ".join(str(tuple(output.shape)) for output in outputs)
+    return ", ".join(f"{tuple(o.shape)} ({str(o.dtype).removeprefix('torch.')})" for o in outputs)
 
 
 def _gap(actual: Tensor, expected: Tensor, among: Tensor) -> float:
     """Largest difference, relative to the largest value of all that are ``among`` them."""
-    if not among.is_floating_point():
+    if not among.numel():
+        return 0.0
+    if not (among.is_floating_point() or among.is_complex()):
         actual, expected, among = actual.double(), expected.double(), among.double()
     scale = among.abs().max().clamp_min(torch.finfo(among.dtype).tiny)
     return float((actual - expected).abs().max() / scale)
@@ -132,7 +137,8 @@ def assert_batch_independent(
 
     Raises:
         AssertionError: If a sample's output depends on the others, or the model refuses one sample.
-        ValueError: If ``x`` has fewer than two samples or is not finite.
+        TypeError: If the model returns anything else than tensors.
+        ValueError: If ``x`` has fewer than two samples or is not finite, or an output has no row a sample.
     """
     inputs = _inputs(x)
     count = len(inputs[0])
@@ -155,6 +161,11 @@ def assert_batch_independent(
                     f"{_shapes(alone)} of one; expected one row a sample"
                 )
             for one, every in zip(alone, together, strict=True):
+                if one.shape[1:] != every.shape[1:]:
+                    raise AssertionError(
+                        f"sample {index}'s output depends on the rest of its batch: alone it has shape "
+                        f"{tuple(one.shape)}, with {count} samples {tuple(every.shape)}"
+                    )
                 gap = _gap(one[0], every[index], every)
                 limit = _tolerance(every.dtype) if tolerance is None else tolerance
                 if not gap <= limit:
@@ -176,6 +187,7 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -
 
     Raises:
         AssertionError: If outputs differ in any bit, or a forward pass changes a buffer.
+        TypeError: If the model returns anything else than tensors.
         ValueError: If ``x`` is not finite.
     """
     inputs = _inputs(x)
@@ -189,7 +201,7 @@ def assert_train_equals_eval(model: nn.Module, x: Tensor | tuple[Tensor, ...]) -
         trained = _tensors(outputs)
         changed = _changed(twin, buffers)
         evaluated = _tensors(copy.deepcopy(twin).eval()(*inputs))
-    if [o.shape for o in trained] != [o.shape for o in evaluated]:
+    if [(o.shape, o.dtype) for o in trained] != [(o.shape, o.dtype) for o in evaluated]:
         raise AssertionError(
             f"train() returns an output of shape {_shapes(trained)}, eval() of {_shapes(evaluated)}"
         )

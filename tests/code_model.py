@@ -27,3 +27,23 @@ def gray():
 def pair():
     """A network that returns two tensors."""
     return Code(lambda self, x: (self.net(x), x), net=gray())
+
+
+MADE = gray().eval()
+
+
+def plain():
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(144, 10))
+
+
+def wide():
+    return nn.Sequential(gray(), nn.Linear(10, 20))
+
+
+def mute():
+    """A network that fails and does not say why."""
+
+    def body(self, x):
+        raise NotImplementedError
+
+    return Code(body, net=gray())

@@ -326,15 +326,15 @@ def test_the_checks_refuse_what_they_cannot_judge():
         ):
             assert_accumulation_equals_batch(net, x, labels, F.mse_loss, micro_batch)
     with pytest.raises(
-        ValueError, match=r"shape \(8, 1\) of 4 samples and \(2, 1\) of one; expected one row"
+        ValueError, match=r"shape \(8, 1\) .* of 4 samples and \(2, 1\) .* of one; expected one row"
     ):
         assert_batch_independent(nn.Sequential(net, nn.Flatten(0), nn.Unflatten(0, (-1, 1))), x)
     for check in (assert_batch_independent, assert_train_equals_eval):
         with pytest.raises(
-            TypeError, match="the model returns str; these checks need a tensor, or tensors"
+            TypeError, match="among the model's outputs is a str; these checks need a tensor"
         ):
             check(Returns(lambda net, x: {"out": net(x), "kind": "logits"}), x)
-        with pytest.raises(TypeError, match="the model returns None"):
+        with pytest.raises(TypeError, match="among the model's outputs is no tensor"):
             check(Returns(lambda net, x: None), x)
     with pytest.raises(ValueError, match="no trainable parameter"):
         assert_accumulation_equals_batch(net.requires_grad_(False), x, y, F.mse_loss)
@@ -364,11 +364,22 @@ def test_outputs_may_be_tensors_in_tuples_and_dicts():
     with pytest.raises(AssertionError, match=r"train\(\) and eval\(\) differ by 1 of the largest output"):
         assert_train_equals_eval(differs, x)
     auxiliary = Returns(lambda net, x: (net(x), net(x)) if net.training else net(x))
-    with pytest.raises(AssertionError, match=r"shape \(4, 2\), \(4, 2\), eval\(\) of \(4, 2\)"):
+    with pytest.raises(
+        AssertionError, match=r"shape \(4, 2\) \(float32\), \(4, 2\) \(float32\), eval\(\) of \(4, 2\)"
+    ):
         assert_train_equals_eval(auxiliary, x)
     assert_batch_independent(auxiliary, x)
+    counts = Returns(lambda net, x: (net(x), torch.full((len(x),), 1000 + len(x))))
+    with pytest.raises(AssertionError, match="sample 0's output depends on the rest of its batch"):
+        assert_batch_independent(counts, x)
+    pairs = Returns(lambda net, x: (net(x)[:, :0], x @ x.T))
+    with pytest.raises(AssertionError, match=r"alone it has shape \(1, 1\), with 4 samples \(4, 4\)"):
+        assert_batch_independent(pairs, x)
+    widens = Returns(lambda net, x: net(x) if net.training else net(x).double())
+    with pytest.raises(AssertionError, match=r"\(4, 2\) \(float32\), eval\(\) of \(4, 2\) \(float64\)"):
+        assert_train_equals_eval(widens, x)
     several = Returns(lambda net, x: [net(x)] * len(x))
-    with pytest.raises(ValueError, match=r"\(4, 2\), \(4, 2\) of 4 samples and \(1, 2\) of one"):
+    with pytest.raises(ValueError, match=r"\(4, 2\) \(float32\), .* of 4 samples and \(1, 2\)"):
         assert_batch_independent(several, x)
 
 

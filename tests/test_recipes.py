@@ -89,7 +89,7 @@ def test_nin_is_the_papers():
         (("cnn", (1, 8, 8), 10, "none", normprop.PAPER, 0.0), "--width 0.0: expected a number above 0"),
         (
             ("code_model:gray", (1, 8, 8), 10, "group"),
-            "--norm group: code_model:gray can be had with normprop",
+            "code_model:gray can be had with the norms normprop",
         ),
         (
             ("code_model:gray", (3, 8, 8), 10),
@@ -100,9 +100,16 @@ def test_nin_is_the_papers():
             "--model code_model:pair returns a tuple in training; expected one",
         ),
         (("code_model:white", (1, 8, 8), 10), "MODEL code_model:white: there is no white"),
+        (("code_model:mute", (1, 8, 8), 10), "fails on images of 1x8x8: NotImplementedError"),
+        (("code_model:plain", (1, 8, 8), 10), "--model code_model:plain has no BatchNorm to convert"),
+        (("code_model:wide", (1, 8, 8), 10), r"returns shape \(2, 20\) for 2 images; expected \(2, 10\)"),
+        (
+            ("torchvision:raft_small", (3, 64, 64), 10),
+            "--model torchvision:raft_small fails on images of 3x64x64",
+        ),
         (
             ("code_model:gray", (1, 8, 8), 10, "normprop", normprop.PAPER, 0.5),
-            "--model code_model:gray has its own width and activation; leave out --width",
+            "--model code_model:gray has its own width and activation; leave --width",
         ),
     ],
 )
@@ -113,17 +120,24 @@ def test_bad_models_are_told_in_one_line(arguments, message):
 
 def test_other_libraries_models_are_had_as_they_are_bare_and_converted():
     x = torch.randn(3, 3, 32, 32)
-    kinds = {}
+    kinds, activations = {}, []
     for norm in ("batch", "none", "normprop"):
         net = build("timm:test_efficientnet", (3, 32, 32), 7, norm)
-        assert net(x).shape == (3, 7)
         kinds[norm] = {type(m).__name__ for m in net.modules()}
         normed = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         assert bool(normed) == (norm == "batch")
-        assert all(int(m.num_batches_tracked or 0) <= 1 for m in normed)  # the check did not train them
+        assert not any(m.num_batches_tracked for m in normed)  # the check did not train them
+        assert net(x).shape == (3, 7)
+        activations.append(sum(isinstance(m, nn.SiLU) for m in net.modules()))
+    assert activations[0] == activations[1] > 5
     assert "NormPropConv2d" in kinds["normprop"] - kinds["none"]
     bare = build("code_model:gray", (1, 8, 8), 10, "none")
     assert [m.bias is not None for m in bare.modules() if isinstance(m, nn.Conv2d)] == [True] * 5
+    # A factory may be the model itself, in evaluation mode: each run has its own, in training.
+    one, other = (build("code_model:MADE", (1, 8, 8), 10, "batch") for _ in range(2))
+    assert one is not other
+    assert one[0].weight is not other[0].weight
+    assert one[1].training
 
 
 def test_smallest_images():

@@ -59,6 +59,11 @@ def check_seed(seed: int) -> None:
         raise InputError(f"--seed {seed}: expected 0 to {2**32 - 1}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its name if it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def duration(seconds: float) -> str:
     """Seconds as people read them: ``"12.0 s"``, ``"3.5 min"``, ``"2.1 h"``."""
     if seconds < 90:

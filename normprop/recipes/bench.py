@@ -48,7 +48,7 @@ class Case:
     """One benchmark: a model, a batch and how it is run.
 
     Attributes:
-        model: One of ``MODELS``, or another library's ResNet, such as ``"torchvision:resnet50"``.
+        model: One of ``MODELS``, or another library's, such as ``"torchvision:resnet50"``.
         width: Factor on the hidden channels of one of ``MODELS``.
         batch_size: Samples a step.
         precision: ``"fp32"``, or ``"bf16"`` for autocast.
@@ -89,7 +89,7 @@ def network(case: Case, norm: str) -> nn.Module:
     """
     shape, rule = (3, case.image, case.image), RULES[case.rule]
     if ":" in case.model:
-        return library_model(case.model, shape, None, norm, rule)
+        return library_model(case.model, shape, None, norm, rule, case.width)
     net = build(case.model, shape, case.classes, norm, rule, case.width)
     return normprop.lighten(net) if norm == "normprop" else net
 

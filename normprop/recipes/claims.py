@@ -193,6 +193,11 @@ def _grid(
     ]
 
 
+def _by_default(planned: Iterable[Planned]) -> list[Planned]:
+    """With the step size that ``normprop train`` takes, whatever the protocol."""
+    return [replace(p, run=replace(p.run, lr=replace(p.run, lr=None).peak_lr)) for p in planned]
+
+
 def _data_norm(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
     sizes = (50, 100) if protocol.papers else (protocol.base.batch_size,)
     settings = [{"data_norm": norm, "batch_size": b} for b in sizes for norm in ("global", "batch")]
@@ -265,10 +270,7 @@ def _depth(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) ->
     epochs = protocol.short.get("epochs", protocol.base.epochs)
     changes = {"halve_every": max(1, epochs // 5), "width": 0.5, "data_norm": "channel"}
     settings = [protocol.short | changes | {"model": model} for model in ("resnet20", "resnet110")]
-    return [
-        replace(p, run=replace(p.run, lr=replace(p.run, lr=None).peak_lr))
-        for p in _grid(protocol, seeds, (*NORMPROP, "batch", "none"), settings)
-    ]
+    return _by_default(_grid(protocol, seeds, (*NORMPROP, "batch", "none"), settings))
 
 
 def _converted(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]) -> list[Planned]:
@@ -276,7 +278,7 @@ def _converted(protocol: Protocol, dataset: str, seeds: int, rows: Sequence[Row]
     images = protocol.batches.get("train_images")
     changes = {"train_images": images, "width": 1.0, "data_norm": "channel", "flip": True}
     settings = [protocol.short | changes | {"model": model} for model in LIBRARIES]
-    return _grid(protocol, seeds, (*RIVALS, "normprop, recommended, orthogonal"), settings)
+    return _by_default(_grid(protocol, seeds, (*RIVALS, "normprop, recommended, orthogonal"), settings))
 
 
 SHORT = {

@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrizations import weight_norm
 
 import normprop
 from normprop import NormRule
 from normprop.activations import as_module, names
-from normprop.recipes import InputError, check_choice
+from normprop.graph.reading import is_batch_norm
+from normprop.recipes import InputError, check_choice, first_line
 from normprop.recipes.zoo import load_model
 
 COLORS = {
@@ -295,19 +297,16 @@ def build(
         A module from ``(N, C, H, W)`` to ``(N, classes)``.
 
     Raises:
-        InputError: For an unknown name, a width that is not above 0, or images that are too small.
+        InputError: For an unknown name, a width that is not above 0, images that are too small, or what
+            :func:`library_model` refuses.
 
     Example:
         >>> build("cnn", (1, 8, 8), 10)(torch.zeros(1, 1, 8, 8)).shape
         torch.Size([1, 10])
     """
     if ":" in model:
-        if (width, activation) != (1.0, "relu"):
-            raise InputError(
-                f"--model {model} has its own width and activation; leave out --width, --activation"
-            )
-        return library_model(model, shape, classes, norm, rule)
-    check_choice("--model", model, (*MODELS, "torchvision:NAME", "timm:NAME"))
+        return library_model(model, shape, classes, norm, rule, width, activation)
+    check_choice("--model", model, (*MODELS, "torchvision:NAME", "timm:NAME", "package.module:factory"))
     check_choice("--norm", norm, NORMS)
     check_choice("--activation", activation, names())
     if not 0 < width <= 100:
@@ -316,49 +315,76 @@ def build(
 
 
 def library_model(
-    model: str, shape: tuple[int, int, int], classes: int | None, norm: str, rule: NormRule
+    model: str,
+    shape: tuple[int, int, int],
+    classes: int | None,
+    norm: str,
+    rule: NormRule,
+    width: float = 1.0,
+    activation: str = "relu",
 ) -> nn.Module:
-    """Another library's model: as it is (``"batch"``), bare (``"none"``), or converted (``"normprop"``).
+    """Another library's image classifier: as it is (``"batch"``), bare (``"none"``), or converted (``"normprop"``).
 
     Args:
         model: As :func:`normprop.recipes.zoo.load_model` takes it.
         shape: (C, H, W) of one image.
-        classes: Number of outputs; None for the library's own number.
+        classes: Number of outputs, asked of torchvision's and timm's; None for any number.
         norm: ``"batch"``, ``"none"`` or ``"normprop"``.
         rule: For ``"normprop"``.
+        width: 1; the model has its own.
+        activation: ``"relu"``; the model has its own.
 
     Raises:
-        InputError: For an unknown model, another norm, or images that the model cannot read.
+        InputError: For an unknown model, another norm, width or activation, images that the model cannot read,
+            other outputs than ``(N, classes)``, or BatchNorm layers that cannot be converted, or none.
     """
-    if norm not in ("normprop", "batch", "none"):
-        raise InputError(f"--norm {norm}: {model} can be had with normprop, batch and none")
-    source = load_model(model, classes)
-    try:
-        with torch.no_grad():
-            output = copy.deepcopy(source).train()(torch.zeros(2, *shape))
-    except Exception as error:  # the model's code meets an input that it was not made for
-        size = "x".join(map(str, shape))
+    if (width, activation) != (1.0, "relu"):
         raise InputError(
-            f"--model {model} fails on images of {size}: {str(error).splitlines()[0]}"
-        ) from error
+            f"--model {model} has its own width and activation; leave --width and --activation out"
+        )
+    if norm not in ("normprop", "batch", "none"):
+        raise InputError(f"{model} can be had with the norms normprop, batch and none, got {norm}")
+    try:
+        source = copy.deepcopy(load_model(model, classes)).train()  # a factory may give the same one twice
+        weight = next(source.parameters())
+        x = torch.zeros(2, *shape, dtype=weight.dtype, device=weight.device)
+        with torch.no_grad():
+            output = copy.deepcopy(source)(x.contiguous(memory_format=torch.channels_last))
+    except InputError:
+        raise
+    except Exception as error:  # the model's code meets what it was not made for
+        size = "x".join(map(str, shape))
+        raise InputError(f"--model {model} fails on images of {size}: {first_line(error)}") from error
     if not isinstance(output, Tensor):
         raise InputError(
             f"--model {model} returns a {type(output).__name__} in training; expected one tensor"
         )
-    if norm == "normprop":
-        return normprop.convert(source, rule, example=torch.empty(1, *shape, device="meta")).model
-    return source if norm == "batch" else without_norm(source)
+    if classes is not None and output.shape != (2, classes):
+        raise InputError(
+            f"--model {model} returns shape {tuple(output.shape)} for 2 images; expected (2, {classes})"
+        )
+    if norm != "normprop":
+        return source if norm == "batch" else without_norm(source)
+    try:
+        conversion = normprop.convert(
+            source, rule, strict=True, example=torch.empty(1, *shape, device="meta")
+        )
+    except ValueError as error:
+        raise InputError(f"--model {model}: {'; '.join(str(error).splitlines())}") from error
+    if not conversion.replaced:
+        raise InputError(
+            f"--model {model} has no BatchNorm to convert; train it with --norm batch, as it is"
+        )
+    return conversion.model
 
 
 def without_norm(model: nn.Module) -> nn.Module:
-    """A copy with each BatchNorm2d gone, and a bias in the convolution before it."""
+    """A copy without BatchNorm (its own activation stays, if it has one), each weight layer with a bias."""
     bare = copy.deepcopy(model)
-    last: nn.Conv2d | None = None
     for name, module in list(bare.named_modules()):
-        if isinstance(module, nn.Conv2d):
-            last = module
-        elif isinstance(module, nn.BatchNorm2d):
-            if last is not None:
-                last.bias = nn.Parameter(torch.zeros(last.out_channels))
-            bare.set_submodule(name, nn.Identity())
+        if is_batch_norm(module):
+            bare.set_submodule(name, getattr(module, "act", None) or nn.Identity())
+        elif isinstance(module, (_ConvNd, nn.Linear)) and module.bias is None:
+            outputs = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            module.bias = nn.Parameter(module.weight.new_zeros(outputs))
     return bare

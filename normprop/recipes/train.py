@@ -58,7 +58,7 @@ class Run:
         width: Factor on the hidden channels.
         batch_size: Samples a step (and device).
         epochs: Passes over the data.
-        lr: Peak learning rate of the schedule; None for the default of norm, rule and batch size.
+        lr: Peak learning rate of the schedule; None for the default of norm, rule, model and batch size.
         data_norm: ``"channel"`` (over the training set), ``"whitening"`` (the same, and uncorrelated),
             ``"global"`` (per pixel, over the training set: the paper's first choice), ``"batch"`` (per
             pixel, over the input batch: its second), ``"none"``.
