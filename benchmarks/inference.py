@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import normprop
-from normprop.recipes.bench import in_turn, paired, without_norm
-from normprop.recipes.models import COLORS, build
+from normprop.recipes.bench import in_turn, paired
+from normprop.recipes.models import COLORS, build, without_norm
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.train import RULES
 from normprop.recipes.zoo import load_model
