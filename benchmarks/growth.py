@@ -28,11 +28,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from normprop.recipes import Row
 from normprop.recipes.bench import TOLERANCE, Case, Contender, in_turn, paired
 from normprop.recipes.models import COLORS, Blocks, _resnet
 from normprop.recipes.results import environment, output_folder, write_json
 
-Row = dict[str, Any]
 CONTENDERS = {
     "none": ("none", "recommended"),
     "normprop, paper": ("normprop", "paper"),

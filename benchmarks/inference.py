@@ -26,13 +26,13 @@ import torch
 from torch import Tensor, nn
 
 import normprop
+from normprop.recipes import Row
 from normprop.recipes.bench import in_turn, paired
 from normprop.recipes.models import COLORS, build, without_norm
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.train import RULES
 from normprop.recipes.zoo import load_model
 
-Row = dict[str, Any]
 BAR = (0.98, 1.02)
 TOLERANCE = 1e-4  # of the folded output in float32, relative to the largest number in the model's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

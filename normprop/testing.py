@@ -149,11 +149,12 @@ def assert_batch_independent(
         together = _tensors(twin(*inputs))
         for index in range(count):
             try:
-                alone = _tensors(twin(*(one[index : index + 1] for one in inputs)))
+                outputs = twin(*(one[index : index + 1] for one in inputs))
             except Exception as error:
                 raise AssertionError(
                     f"the model fails on sample {index} alone: {error}{_suspects(model)}"
                 ) from error
+            alone = _tensors(outputs)
             rows = {(o.shape[:1], a.shape[:1]) for o, a in zip(together, alone, strict=False)}
             if len(alone) != len(together) or rows != {((count,), (1,))}:
                 raise ValueError(

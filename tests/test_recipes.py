@@ -140,6 +140,15 @@ def test_other_libraries_models_are_had_as_they_are_bare_and_converted():
     assert one[1].training
 
 
+def test_compare_refuses_each_norm_that_the_model_cannot_be_had_with_before_it_writes(few, tmp_path):
+    run = Run(model="code_model:gray", batch_size=16, epochs=1)
+    with pytest.raises(
+        InputError, match="code_model:gray can be had with the norms normprop, batch and none"
+    ):
+        compare(run, few, ["normprop", "group"], [16], 1, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_smallest_images():
     assert build("nin", (3, 18, 18), 10, width=0.05)(torch.zeros(2, 3, 18, 18)).isfinite().all()
     assert build("cnn", (1, 4, 5), 10)(torch.zeros(2, 1, 4, 5)).isfinite().all()

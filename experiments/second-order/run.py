@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +24,7 @@ from second_order import attach_second_order
 from torch import Tensor, nn
 
 import normprop
-from normprop.recipes import InputError
+from normprop.recipes import InputError, Row
 from normprop.recipes.data import ImageData, load, subset
 from normprop.recipes.figures import VARIANT_COLORS
 from normprop.recipes.hidden import hidden_statistics
@@ -33,7 +32,6 @@ from normprop.recipes.models import build
 from normprop.recipes.results import environment, output_folder, write_json
 from normprop.recipes.summary import accuracy_table, summarize
 
-Row = dict[str, Any]
 HERE = Path(__file__).parent
 SAME_RULE = normprop.NormRule(constants="affine", gain=1.0)
 VARIANTS: dict[str, tuple[str, normprop.NormRule | None]] = {

@@ -17,9 +17,9 @@ from rich.table import Table
 
 from normprop.recipes import InputError, Row, check_count
 from normprop.recipes.data import ImageData
-from normprop.recipes.models import COLORS, check_norms
+from normprop.recipes.models import COLORS, build, check_norms
 from normprop.recipes.results import environment, new_figure, output_folder, write_json
-from normprop.recipes.train import Run, fit, network
+from normprop.recipes.train import RULES, Run, fit
 
 
 def compare(
@@ -58,8 +58,8 @@ def compare(
         for batch_size in batch_sizes
         for norm in norms
     ]
-    for one in runs[: len(norms)]:
-        network(one, data)  # refuse what cannot be built before anything is written
+    for norm in norms:  # refuse what cannot be built before anything is written
+        build(run.model, data.shape, data.classes, norm, RULES[run.rule], run.width, run.activation)
     shared = {k: v for k, v in asdict(run).items() if k not in ("norm", "batch_size", "seed")}
     shared |= {
         "dataset": data.name,

@@ -345,7 +345,7 @@ def library_model(
     if norm not in ("normprop", "batch", "none"):
         raise InputError(f"{model} can be had with the norms normprop, batch and none, got {norm}")
     try:
-        source = copy.deepcopy(load_model(model, classes)).train()  # a factory may give the same one twice
+        source = load_model(model, classes).train()
         weight = next(source.parameters())
         x = torch.zeros(2, *shape, dtype=weight.dtype, device=weight.device)
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -23,10 +24,10 @@ def load_model(spec: str, classes: int | None = None) -> nn.Module:
     """The model, with random weights; nothing is downloaded.
 
     Args:
-        classes: Outputs of torchvision's or timm's; None for what they have by default.
         spec: ``"torchvision:NAME"``, ``"timm:NAME"``, or ``"package.module:factory"``: a callable
-            without arguments that returns a model (a class, or a model, is fine too). The current
-            folder can be imported from.
+            without arguments that returns a model (a class is fine too, and a model, of which there is a copy).
+            The current folder can be imported from.
+        classes: Outputs of torchvision's or timm's; None for what they have by default.
 
     Raises:
         InputError: If the package, the module or the name is missing, or is no model.
@@ -107,7 +108,7 @@ def _from_code(spec: str, module_name: str, name: str) -> nn.Module:
     _check_name(spec, name, [known for known in vars(module) if not known.startswith("_")])
     factory = getattr(module, name)
     if isinstance(factory, nn.Module):
-        return factory
+        return copy.deepcopy(factory)
     if not callable(factory):
         raise InputError(f"MODEL {spec}: {name} is a {type(factory).__name__}; expected a callable")
     try:
