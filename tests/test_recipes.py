@@ -133,6 +133,7 @@ def test_other_libraries_models_are_had_as_they_are_bare_and_converted():
     assert "NormPropConv2d" in kinds["normprop"] - kinds["none"]
     bare = build("code_model:gray", (1, 8, 8), 10, "none")
     assert [m.bias is not None for m in bare.modules() if isinstance(m, nn.Conv2d)] == [True] * 5
+    assert Run(model="timm:test_efficientnet").peak_lr == Run(norm="batch").peak_lr < Run().peak_lr
     # A factory may be the model itself, in evaluation mode: each run has its own, in training.
     one, other = (build("code_model:MADE", (1, 8, 8), 10, "batch") for _ in range(2))
     assert one is not other
