@@ -455,12 +455,12 @@ class Arrangement:
             slope = None if layer.activation is None else activations.negative_slope(layer.activation)
             gain, bias = layer.gain, layer.bias
             low: Number = 0.0
-            own = Numbers(layer.stretch)
+            own = Numbers(layer.stretch, centered=layer.rule.centered)
             if not (isinstance(mean, float) and isinstance(std, float)):
                 self.lasting = False
             if slope is not None and isinstance(mean, float) and isinstance(std, float):
                 low = -mean / std
-                own = Numbers(layer.stretch / std, low, 1 / std)
+                own = Numbers(layer.stretch / std, low, 1 / std, layer.rule.centered)
                 if bias is not None:
                     biases[index] = bias
                 elif low != 0.0:
@@ -472,7 +472,7 @@ class Arrangement:
             elif bias is not None and len(layers) > 1:
                 biases[index] = bias
             tensors = [t for t in (layer.weight, gain, biases.get(index)) if t is not None]
-            kind = (layer.rule.centered, autocast_dtype(layer.weight), layer.geometry[0])
+            kind = (autocast_dtype(layer.weight), layer.geometry[0])
             key = (*kind, *((t.device, t.dtype, t.requires_grad) for t in tensors))
             together.setdefault(key, []).append(index)
             self.ready.append(Ready(layer.weight, bias, slope, low, mean, std))
@@ -482,14 +482,14 @@ class Arrangement:
             _Group(
                 members,
                 (
-                    Recipe(tuple(numbers[i] for i in members), centered, dtype),
+                    Recipe(tuple(numbers[i] for i in members), dtype),
                     tuple(layers[i].geometry for i in members),
                     [layers[i].weight for i in members],
                     [gains[i] for i in members],
                     [biases[i] for i in members] if members[0] in biases else (),
                 ),
             )
-            for (centered, dtype, *_), members in together.items()
+            for (dtype, *_), members in together.items()
         ]
 
     def make(self) -> list[Ready]:

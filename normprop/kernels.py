@@ -9,6 +9,7 @@ they are and are read and written in place. Sums are in float32.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,16 +24,17 @@ except ImportError:  # torch brings it where it brings CUDA
     triton = None
 
 BLOCK = 1024
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # Triton's interpreter has no GPU
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def usable(weights: Sequence[Tensor]) -> bool:
-    """Whether these weights' rows can be worked on here: dense rows, plain tensors on one CUDA device.
+    """Whether these weights' rows can be worked on here: dense rows, plain tensors on one GPU.
 
     Args:
         weights: Each with its output units along dim 0.
     """
-    if triton is None or not weights or not weights[0].is_cuda:
+    if triton is None or not weights or weights[0].device.type != DEVICE:
         return False
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -105,19 +107,24 @@ def _table(device: torch.device, blocks: tuple[tuple[int, int, int, int], ...]) 
 
 @lru_cache(maxsize=64)
 def _numbers(
-    device: torch.device, numbers: tuple[tuple[float, float, float], ...], counts: tuple[int, ...]
+    device: torch.device, numbers: tuple[tuple[float, ...], ...], counts: tuple[int, ...]
 ) -> Tensor:
-    """Of each row its layer's factor, low and tilt: shape (3, rows), float32."""
+    """Of each row its layer's numbers: shape (how many, rows), float32."""
     return _to_device(by_row(numbers, counts, torch.float32), device)
 
 
 def by_row(
-    numbers: Sequence[tuple[float, float, float]], counts: Sequence[int], dtype: torch.dtype
+    numbers: Sequence[tuple[float, ...]], counts: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
-    """Each layer's three numbers for each of its rows: shape (3, rows), on the CPU."""
+    """Each layer's numbers for each of its rows: shape (how many, rows), on the CPU."""
     layers = torch.tensor(numbers, dtype=dtype, device="cpu")
-    each = [layer.expand(count, 3) for layer, count in zip(layers, counts, strict=True)]
+    each = [layer.expand(count, len(layer)) for layer, count in zip(layers, counts, strict=True)]
     return torch.cat(each).T.contiguous()
+
+
+def _flags(device: torch.device, centered: Sequence[bool], counts: Sequence[int]) -> Tensor:
+    """Of each row whether it is centred: shape (1, rows), float32."""
+    return _numbers(device, tuple((float(flag),) for flag in centered), tuple(counts))
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -137,8 +144,7 @@ def table(device: torch.device, tensors: Sequence[Tensor | None], counts: Sequen
 
 
 def scale(
-    numbers: tuple[tuple[float, float, float], ...],
-    centered: bool,
+    numbers: tuple[tuple[float, float, float, bool], ...],
     dtype: torch.dtype | None,
     weights: Sequence[Tensor],
     gains: Sequence[Tensor],
@@ -146,7 +152,7 @@ def scale(
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Forward of ``rows.scale_rows``: scaled weights, moved biases, lengths and means of all rows.
 
-    The first three arguments are ``rows.Recipe``'s.
+    The first two arguments are ``rows.Recipe``'s.
     """
     counts = [len(w) for w in weights]
     total, like = sum(counts), weights[0]
@@ -156,14 +162,13 @@ def scale(
     _run(
         _scale, total, like, table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
         join(gains), join(biases) if biases else lengths, scaled, moved, lengths, means,
-        total, bool(biases), centered, _TYPES[like.dtype], BLOCK,
+        total, bool(biases), _TYPES[like.dtype], BLOCK,
     )  # fmt: skip
     return _part(scaled, weights), list(moved.split(counts)) if biases else [], lengths, means
 
 
 def pull_back(
-    numbers: tuple[tuple[float, float, float], ...],
-    centered: bool,
+    numbers: tuple[tuple[float, float, float, bool], ...],
     weights: Sequence[Tensor],
     gains: Sequence[Tensor],
     lengths: Tensor,
@@ -182,16 +187,16 @@ def pull_back(
         _pull_back, total, like, table(like.device, weights, counts), _numbers(like.device, numbers, tuple(counts)),
         join([_laid_out(g, w) for g, w in zip(grads, weights, strict=True)]),
         join(bias_grads) if bias_grads else lengths, join(gains), lengths, means, result, dgain, dbias,
-        total, bool(bias_grads), centered, _TYPES[like.dtype], BLOCK,
+        total, bool(bias_grads), _TYPES[like.dtype], BLOCK,
     )  # fmt: skip
     return _part(result, weights), dgain.split(counts), dbias.split(counts) if bias_grads else []
 
 
-def project_(weights: Sequence[Tensor], centered: bool) -> None:
+def project_(weights: Sequence[Tensor], centered: Sequence[bool]) -> None:
     """``rows.project_rows_``."""
     like, counts = weights[0], [len(w) for w in weights]
     total, rows = sum(counts), table(like.device, weights, counts)
-    _run(_project, total, like, rows, total, centered, _TYPES[like.dtype], BLOCK)
+    _run(_project, total, like, rows, _flags(like.device, centered, counts), total, _TYPES[like.dtype], BLOCK)
     torch.autograd.graph.increment_version(weights)
 
 
@@ -202,26 +207,26 @@ class Units(NamedTuple):
         tensors: All of them.
         tables: Of weights, gains and biases, see :func:`table`.
         before: Their numbers.
-        centered: Whether rows are projected without their means.
+        centered: Of each row whether it is projected without its mean.
     """
 
     tensors: list[Tensor]
     tables: list[Tensor]
     before: list[Tensor]
-    centered: bool
+    centered: Tensor
 
     @staticmethod
     def now(
         layers: Sequence[tuple[Tensor | None, Tensor | None, Tensor | None]],
         counts: Sequence[int],
-        centered: bool,
+        centered: Sequence[bool],
     ) -> Units:
         """Units as they are now.
 
         Args:
             layers: Of each layer weight, gain and bias; None where it has none of its own.
             counts: Of each layer its units.
-            centered: See above.
+            centered: Of each layer whether its rows are projected without their means.
         """
         all_of_them = [t for layer in layers for t in layer if t is not None]
         like, total = all_of_them[0], sum(counts)
@@ -231,13 +236,13 @@ class Units(NamedTuple):
             tables.append(table(like.device, part, counts))
             before.append(torch.empty(size, dtype=like.dtype, device=like.device))
             _run(_copy, size and total, like, tables[-1], before[-1], total, _TYPES[like.dtype], BLOCK)
-        return Units(all_of_them, tables, before, centered)
+        return Units(all_of_them, tables, before, _flags(like.device, centered, counts))
 
     def restrain_(self, radius: float) -> None:
         """Updates since then scaled down to the trust region, and rows projected, see ``projection._TrustRegion``."""
         total, like = self.tables[0].shape[1], self.tensors[0]
-        where = *self.tables, *self.before
-        _run(_restrain, total, like, *where, radius, total, self.centered, _TYPES[like.dtype], BLOCK)
+        where = *self.tables, *self.before, self.centered
+        _run(_restrain, total, like, *where, radius, total, _TYPES[like.dtype], BLOCK)
         torch.autograd.graph.increment_version(self.tensors)
 
 
@@ -250,11 +255,13 @@ if triton is not None:
         return tl.abs(mean) * (16 * 1.1920929e-07) * tl.sqrt(size.to(tl.float32))
 
     @triton.jit
-    def _mean(source, size, BLOCK: tl.constexpr):
+    def _mean(source, size, centered, BLOCK: tl.constexpr):
+        """Of a row that is centred; 0 of another, which is not read."""
         total = tl.zeros((BLOCK,), tl.float32)
-        for at in range(0, size, BLOCK):
+        read = tl.where(centered > 0, size, 0)
+        for at in range(0, read, BLOCK):
             columns = at + tl.arange(0, BLOCK)
-            total += tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
+            total += tl.load(source + columns, mask=columns < read, other=0.0).to(tl.float32)
         return tl.sum(total) / size
 
     @triton.jit
@@ -269,14 +276,10 @@ if triton is not None:
         return tl.sqrt(tl.sum(total))
 
     @triton.jit
-    def _project_row(source, size, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
-        mean = 0.0
-        if CENTERED:
-            mean = _mean(source, size, BLOCK)
+    def _project_row(source, size, centered, BLOCK: tl.constexpr):
+        mean = _mean(source, size, centered, BLOCK)
         length = _length(source, size, mean, BLOCK)
-        inverse = tl.where(length > 0.0, length / (length * length), 1.0)
-        if CENTERED:
-            inverse = tl.where(length > _negligible(mean, size), length / (length * length), 0.0)
+        inverse = tl.where(length <= _negligible(mean, size), 0.0, length / (length * length))
         for at in range(0, size, BLOCK):
             columns = at + tl.arange(0, BLOCK)
             x = tl.load(source + columns, mask=columns < size, other=0.0).to(tl.float32)
@@ -285,21 +288,16 @@ if triton is not None:
     @triton.jit
     def _scale(
         rows, numbers, gains, biases, scaled, moved, lengths, means, total,
-        BIASED: tl.constexpr, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+        BIASED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
         source = tl.load(rows + row).to(tl.pointer_type(TYPE))
         target = scaled + tl.load(rows + total + row)
         size = tl.load(rows + 2 * total + row)
-        mean = 0.0
-        if CENTERED:
-            mean = _mean(source, size, BLOCK)
-            tl.store(means + row, mean)
+        mean = _mean(source, size, tl.load(numbers + 3 * total + row), BLOCK)
+        tl.store(means + row, mean)
         length = _length(source, size, mean, BLOCK)
-        if CENTERED:
-            length = tl.where(length > _negligible(mean, size), length, 1.0)
-        else:
-            length = tl.where(length <= 0.0, 1.0, length)
+        length = tl.where(length <= _negligible(mean, size), 1.0, length)
         tl.store(lengths + row, length)
         factor = tl.load(numbers + row)
         by = factor * tl.load(gains + row).to(tl.float32) / length + (length - length)
@@ -314,7 +312,7 @@ if triton is not None:
     @triton.jit
     def _pull_back(
         rows, numbers, grads, bias_grads, gains, lengths, means, result, dgain, dbias, total,
-        BIASED: tl.constexpr, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+        BIASED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
         source = tl.load(rows + row).to(tl.pointer_type(TYPE))
@@ -328,13 +326,9 @@ if triton is not None:
             g = tl.load(grads + start + columns, mask=columns < size, other=0.0).to(tl.float32)
             dots += g * w
             sums += g
-        dot = tl.sum(dots)
-        mean = 0.0
-        level = 0.0
-        if CENTERED:
-            mean = tl.load(means + row)
-            level = tl.sum(sums) / size
-            dot -= level * mean * size
+        mean = tl.load(means + row)
+        level = tl.sum(sums) / size * tl.load(numbers + 3 * total + row)
+        dot = tl.sum(dots) - level * mean * size
         length = tl.load(lengths + row)
         factor = tl.load(numbers + row)
         by = factor * tl.load(gains + row).to(tl.float32) / length + (length - length)
@@ -362,10 +356,10 @@ if triton is not None:
             tl.store(target + start + columns, x, mask=columns < size)
 
     @triton.jit
-    def _project(rows, total, CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
+    def _project(rows, centered, total, TYPE: tl.constexpr, BLOCK: tl.constexpr):
         row = tl.program_id(0)
         source = tl.load(rows + row).to(tl.pointer_type(TYPE))
-        _project_row(source, tl.load(rows + 2 * total + row), CENTERED, BLOCK)
+        _project_row(source, tl.load(rows + 2 * total + row), tl.load(centered + row), BLOCK)
 
     @triton.jit
     def _one(entries, total, row, before, TYPE: tl.constexpr):
@@ -382,8 +376,8 @@ if triton is not None:
 
     @triton.jit
     def _restrain(
-        rows, gains, biases, before, gains_before, biases_before, radius, total,
-        CENTERED: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr,
+        rows, gains, biases, before, gains_before, biases_before, centered, radius, total,
+        TYPE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
         source = tl.load(rows + row).to(tl.pointer_type(TYPE))
@@ -414,4 +408,4 @@ if triton is not None:
         tl.store(gain_at, _between(gain_old, gain, share), mask=gained)
         tl.store(bias_at, _between(bias_old, bias, share), mask=biased)
         tl.debug_barrier()
-        _project_row(source, size, CENTERED, BLOCK)
+        _project_row(source, size, tl.load(centered + row), BLOCK)

@@ -32,16 +32,15 @@ def project_(model: nn.Module) -> None:
         ValueError: If a layer's weight is no parameter of its own (pruned, parametrized).
     """
     check_model(model)
-    together: dict[Any, dict[int, tuple[Tensor, Geometry]]] = {}
+    together: dict[Any, dict[int, tuple[Tensor, Geometry, bool]]] = {}
     for module in model.modules():
         if isinstance(module, NormPropLayer) and module.weight.requires_grad:
             _check_owned(module)
-            weight, geometry = module.weight, geometry_of(module)
-            key = (module.rule.centered, weight.device, weight.dtype)
-            together.setdefault(key, {})[id(weight)] = weight, geometry  # a shared weight once
-    for (centered, *_), rows in together.items():
-        weights, geometries = zip(*rows.values(), strict=True)
-        project_rows_(weights, geometries, centered)
+            weight = module.weight
+            row = weight, geometry_of(module), module.rule.centered
+            together.setdefault((weight.device, weight.dtype), {})[id(weight)] = row  # a shared weight once
+    for rows in together.values():
+        project_rows_(*zip(*rows.values(), strict=True))
 
 
 def attach_projection(
@@ -190,18 +189,18 @@ class _TrustRegion:
             if own:
                 gain = layer.gain
                 parts = own.get("weight"), own.get("gain"), own.get("bias")
-                kinds.setdefault((layer.rule.centered, gain.device, gain.dtype), []).append((*parts, gain))
+                entry = (*parts, gain, layer.rule.centered)
+                kinds.setdefault((gain.device, gain.dtype), []).append(entry)
         if not all(
             kernels.usable([t for parts in layers for t in parts if t is not None])
             for layers in kinds.values()
         ):
             return []
-        return [
-            kernels.Units.now(
-                [parts[:3] for parts in layers], [len(parts[3]) for parts in layers], centered
-            )
-            for (centered, *_), layers in kinds.items()
-        ]
+        units = []
+        for layers in kinds.values():
+            *parts, gains, centered = zip(*layers, strict=True)
+            units.append(kernels.Units.now(list(zip(*parts, strict=True)), [len(g) for g in gains], centered))
+        return units
 
     @torch.no_grad()
     def remember(self, *_: Any) -> None:

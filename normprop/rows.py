@@ -102,18 +102,20 @@ def _split(vector: Tensor, rows: Sequence[_Rows], gains: Sequence[Tensor]) -> li
     return [part.view(r.shape) for part, r in zip(parts, rows, strict=True)]
 
 
-def _means(rows: Sequence[_Rows]) -> list[Tensor]:
-    return [r.values.mean(r.dims, keepdim=True) for r in rows]
-
-
-def _center(rows: Sequence[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
-    """Rows without their means, and the means."""
-    means = _means(rows)
-    centered = [
-        r._replace(offset=m) if r.slices else r._replace(values=r.values - m)
-        for r, m in zip(rows, means, strict=True)
+def _means(rows: Sequence[_Rows], centered: Sequence[bool]) -> list[Tensor | None]:
+    return [
+        r.values.mean(r.dims, keepdim=True) if has else None for r, has in zip(rows, centered, strict=True)
     ]
-    return centered, means
+
+
+def _center(rows: Sequence[_Rows], centered: Sequence[bool]) -> tuple[list[_Rows], list[Tensor | None]]:
+    """Rows, the centred ones without their means; and the means, None of the others."""
+    means = _means(rows, centered)
+    return [r if m is None else _without(r, m) for r, m in zip(rows, means, strict=True)], means
+
+
+def _without(r: _Rows, mean: Tensor) -> _Rows:
+    return r._replace(offset=mean) if r.slices else r._replace(values=r.values - mean)
 
 
 def cache_slices(values: Tensor) -> list[slice]:
@@ -154,19 +156,33 @@ def _times(r: _Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def _negligible(rows: Sequence[_Rows], means: Sequence[Tensor]) -> Tensor:
+def _joined(parts: Sequence[Tensor | None], rows: Sequence[_Rows], like: Tensor) -> Tensor:
+    """One number a row, 0 where there is no part."""
+    sizes = [math.prod(r.shape) for r in rows]
+    zeros = like.new_zeros(max(sizes))
+    return _join([zeros[:size] if part is None else part for part, size in zip(parts, sizes, strict=True)])
+
+
+def _negligible(rows: Sequence[_Rows], means: Sequence[Tensor | None], norms: Tensor) -> Tensor | float:
     """The length that rounding may leave of constant rows from which their mean is subtracted."""
-    eps = 16 * torch.finfo(means[0].dtype).eps
-    bounds = [m.detach() * (eps * math.sqrt(r.fan_in)) for r, m in zip(rows, means, strict=True)]
-    return _join(bounds).abs()
+    if all(mean is None for mean in means):
+        return 0.0
+    eps = 16 * torch.finfo(norms.dtype).eps
+    bounds = [
+        None if m is None else m.detach() * (eps * math.sqrt(r.fan_in))
+        for r, m in zip(rows, means, strict=True)
+    ]
+    return _joined(bounds, rows, norms).abs()
 
 
-def _lengths(rows: Sequence[_Rows], means: Sequence[Tensor]) -> Tensor:
+def _lengths(rows: Sequence[_Rows], means: Sequence[Tensor | None]) -> Tensor:
     """Lengths of all rows; 1 for those without direction."""
     norms = _norms(rows)
-    if not means:
+    least = _negligible(rows, means, norms)
+    # A length that is no number stays so: a row must not vanish without a word.
+    if isinstance(least, float):
         return torch.threshold(norms, 0.0, 1.0)
-    return torch.where(norms > _negligible(rows, means), norms, 1.0)
+    return torch.where(norms <= least, 1.0, norms)
 
 
 class _Positional(inspect.Signature):
@@ -221,11 +237,13 @@ class Numbers(NamedTuple):
         factor: On every length.
         low: What is added to the biases.
         tilt: What they are multiplied by before.
+        centered: Remove each row's mean first.
     """
 
     factor: float = 1.0
     low: float = 0.0
     tilt: float = 1.0
+    centered: bool = False
 
 
 class Recipe(NamedTuple):
@@ -233,19 +251,22 @@ class Recipe(NamedTuple):
 
     Attributes:
         numbers: One a layer.
-        centered: Remove each row's mean first.
         dtype: Of scaled weights and biases; None for the weights' own.
     """
 
     numbers: tuple[Numbers, ...]
-    centered: bool = False
     dtype: torch.dtype | None = None
+
+    @property
+    def centered(self) -> list[bool]:
+        """Of each layer."""
+        return [n.centered for n in self.numbers]
 
 
 def _along(numbers: Sequence[Numbers], counts: Sequence[int], like: Tensor) -> Sequence[Any]:
     """Factor, low and tilt: numbers if all layers have the same, else vectors over all rows."""
-    if all(n == numbers[0] for n in numbers):
-        return numbers[0]
+    if all(n[:3] == numbers[0][:3] for n in numbers):
+        return numbers[0][:3]
     # Fake tensors, and those of a transform's level, must not outlive it.
     make = _vectors if is_plain(like) else _vectors.__wrapped__
     return make(tuple(numbers), tuple(counts), like.device, like.dtype)
@@ -256,7 +277,7 @@ def _vectors(
     numbers: tuple[Numbers, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):
-        return kernels.by_row(numbers, counts, dtype).to(device).unbind(0)
+        return kernels.by_row(numbers, counts, dtype).to(device)[:3].unbind(0)
 
 
 def _moved(bias: Tensor, low: Any, tilt: Any) -> Tensor:
@@ -291,9 +312,7 @@ class _Scale(torch.autograd.Function):
             return (*scaled, *moved, *rest)
         counts = [len(gain) for gain in gains]
         rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
-        means: list[Tensor] = []
-        if recipe.centered:
-            rows, means = _center(rows)
+        rows, means = _center(rows, recipe.centered)
         lengths = _lengths(rows, means)
         factor, low, tilt = _along(recipe.numbers, counts, lengths)
         scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
@@ -306,7 +325,7 @@ class _Scale(torch.autograd.Function):
             bias = _join(biases)
             bias = _as(_moved(bias, low, tilt), recipe.dtype or bias.dtype)
             moved = [bias] if n == 1 else bias.split(counts)
-        return (*scaled, *moved, lengths, *means)
+        return (*scaled, *moved, lengths, *(mean for mean in means if mean is not None))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -335,28 +354,29 @@ class _Scale(torch.autograd.Function):
         if joined and not torch.is_grad_enabled() and kernels.readable((*grads[:n], *biases)):
             given: Any = grads[:n], biases, ctx.bias_dtype
             known = saved[:n], saved[n : 2 * n], saved[-2], saved[-1]
-            dws, dgs, dbs = kernels.pull_back(recipe.numbers, recipe.centered, *known, *given)
+            dws, dgs, dbs = kernels.pull_back(recipe.numbers, *known, *given)
             return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
         if here:
             rows = [_rows(saved[i], ctx.geometries[i]) for i in here]
             gains = [saved[n + i] for i in here]
             lengths = saved[2 * n]
-            means: Any = []
-            if recipe.centered and joined:
-                each = saved[-1].split(counts)
-                means = [each[i].view(r.shape) for i, r in zip(here, rows, strict=True)]
-            elif recipe.centered:
-                means = [saved[2 * n + 1 + i] for i in here]
+            centered = recipe.centered
+            if joined:
+                each = [m.view(_rows(saved[i], ctx.geometries[i]).shape) for i, m in enumerate(saved[-1].split(counts))]
+            else:
+                of_centered = iter(saved[2 * n + 1 :])
+                each = [next(of_centered) if has else None for has in centered]
+            means = [each[i] if centered[i] else None for i in here]
             if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
-                directions, means = _center(rows) if recipe.centered else (rows, [])
+                directions, means = _center(rows, [centered[i] for i in here])
                 lengths = _lengths(directions, means)
             elif len(here) < n:
                 each = lengths.split(counts)
                 lengths = _join([each[i] for i in here])
             given = [(grads[i], ctx.geometries[i]) for i in here]
             numbers = [recipe.numbers[i] for i in here]
-            found = _pull_back(recipe.centered, numbers, rows, gains, lengths, means, given)
+            found = _pull_back(numbers, rows, gains, lengths, means, given)
             for i, dw, dg in zip(here, *found, strict=True):
                 dw = dw.reshape(saved[i].shape) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
@@ -381,33 +401,26 @@ def _bias_grads(recipe: Recipe, grads: Sequence[Tensor | None], dtype: torch.dty
 
 
 def _pull_back(
-    centered: bool,
     numbers: Sequence[Numbers],
     rows: Sequence[_Rows],
     gains: Sequence[Tensor],
     lengths: Tensor,
-    means: Sequence[Tensor],
+    means: Sequence[Tensor | None],
     grads: Sequence[tuple[Any, Geometry]],
 ) -> tuple[list[Tensor], Sequence[Tensor]]:
     """Gradients of weights (as rows) and gains, see ``_Scale.backward``."""
-
     views = [row_view(grad, *geometry) for grad, geometry in grads]
-    sums = [_sums(v, r, centered) for v, r in zip(views, rows, strict=True)]
-    dots: list[Tensor] = [dot for dot, _ in sums]
-    levels: list[Any] = [level for _, level in sums]
-    if centered:
-        dots = [
-            torch.addcmul(dot, level, m, value=-r.fan_in)
-            for dot, level, m, r in zip(dots, levels, means, rows, strict=True)
-        ]
+    dots, levels = zip(*map(_sums, views, rows, means), strict=True)
     counts = [len(gain) for gain in gains]
     factor, *_ = _along(numbers, counts, lengths)
     scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
     radial = _join(dots) / lengths
     pull = radial * scale / lengths
     each = [_split(scale, rows, gains), _split(pull, rows, gains)]
-    if centered:
-        each.append(_split(pull * _join(means) - scale * _join(levels), rows, gains))
+    if any(mean is not None for mean in means):
+        shift = pull * _joined(means, rows, lengths) - scale * _joined(levels, rows, lengths)
+        shifts = _split(shift, rows, gains)
+        each.append([None if m is None else s for m, s in zip(means, shifts, strict=True)])
     result = [_combined(v, r, *own) for v, r, *own in zip(views, rows, *each, strict=True)]
     radial = radial * factor
     return result, [radial] if len(rows) == 1 else radial.split(counts)
@@ -421,8 +434,9 @@ def _plain_parts(grad: Tensor, r: _Rows) -> Sequence[slice]:
     return r.slices if plain else ()
 
 
-def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor | None]:
-    """Of each row the gradient's product with it, and the gradient's mean (None if nothing is centred)."""
+def _sums(grad: Tensor, r: _Rows, mean: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Of each row the gradient's product with it, without its mean, and the gradient's mean (None if not centred)."""
+    centered = mean is not None
     dots, levels = [], []
     for at in _plain_parts(grad, r) or (None,):
         g, values = (grad, r.values) if at is None else (grad[at], r.values[at])
@@ -430,9 +444,11 @@ def _sums(grad: Tensor, r: _Rows, centered: bool) -> tuple[Tensor, Tensor | None
         dots.append((g * values).sum(r.dims, keepdim=centered))
         if centered:
             levels.append(g.mean(r.dims, keepdim=True))
-    if len(dots) == 1:
-        return dots[0], levels[0] if centered else None
-    return torch.cat(dots), torch.cat(levels) if centered else None
+    dot = dots[0] if len(dots) == 1 else torch.cat(dots)
+    if mean is None:
+        return dot, None
+    level = levels[0] if len(levels) == 1 else torch.cat(levels)
+    return torch.addcmul(dot, level, mean, value=-r.fan_in), level
 
 
 def _combined(grad: Tensor, r: _Rows, scale: Tensor, pull: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -511,38 +527,33 @@ def scaled_weight(
                 [0.0000, 0.0000]])
     """
     ((scaled, _),) = scale_rows(
-        Recipe((Numbers(factor),), centered), ((transposed, groups),), [weight], [gain]
+        Recipe((Numbers(factor, centered=centered),)), ((transposed, groups),), [weight], [gain]
     )
     return scaled
 
 
 @torch.no_grad()
 def project_rows_(
-    weights: Sequence[Tensor], geometries: Sequence[Geometry], centered: bool = False
+    weights: Sequence[Tensor], geometries: Sequence[Geometry], centered: Sequence[bool]
 ) -> None:
     """Scale the rows of all weights to length 1, in place; zero rows (constant ones, if centred) become 0.
 
     Args:
         weights: See :func:`scaled_weight`; of one dtype, on one device.
         geometries: Of each weight whether it is stored transposed, and its groups.
-        centered: Remove each row's mean first.
+        centered: Of each weight whether each row's mean is removed first.
     """
     if _in_kernels(weights, geometries):
         kernels.project_(weights, centered)
         return
     rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
-    means: list[Tensor] = []
-    if centered:
-        means = _means(rows)
-        for r, mean in zip(rows, means, strict=True):
+    means = _means(rows, centered)
+    for r, mean in zip(rows, means, strict=True):
+        if mean is not None:
             r.values.sub_(mean)
     norms = _norms(rows)
     # norms / norms.square() is 1 / norms, but NaN where a length overflowed.
-    inverse = torch.where(
-        norms > (_negligible(rows, means) if centered else 0.0),
-        norms / norms.square(),
-        0.0 if centered else 1.0,
-    )
+    inverse = torch.where(norms <= _negligible(rows, means, norms), 0.0, norms / norms.square())
     sizes = [r.values.numel() // max(1, r.fan_in) for r in rows]
     for w, g, r, part in zip(weights, geometries, rows, inverse.split(sizes), strict=True):
         view = row_view(w, *g)
@@ -554,4 +565,4 @@ def project_rows_(
 
 def project_(weight: Tensor, centered: bool = False, transposed: bool = False, groups: int = 1) -> None:
     """One weight's rows to length 1, see :func:`project_rows_`; arguments as :func:`scaled_weight`."""
-    project_rows_([weight], [(transposed, groups)], centered)
+    project_rows_([weight], [(transposed, groups)], [centered])

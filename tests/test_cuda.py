@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import normprop
-from normprop import kernels, rows
 from normprop.recipes.models import build
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -93,67 +92,6 @@ def test_forward_never_waits_for_the_gpu():
         normprop.project_(model)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def weights_and_numbers(dtype, layout):
-    """Three layers with a zero row and a constant one, their gains and biases."""
-    torch.manual_seed(0)
-    weights = [torch.randn(5, 3, 3, 3), torch.randn(7, 1500), torch.randn(4, 2, 1, 1)]
-    weights[1][2], weights[1][3] = 0, 0.7
-    weights = [w.to(memory_format=layout) if w.ndim == 4 else w for w in weights]
-    vectors = [torch.randn(len(w)) for w in weights * 2]
-    return [t.to("cuda", dtype) for t in weights + vectors]
-
-
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_equal_torch(monkeypatch, centered, layout, dtype):
-    numbers = rows.Numbers(1.3, 0.2, 0.7), rows.Numbers(0.5), rows.Numbers(1.3, 0.2, 0.7)
-    results = []
-    for used in (True, False):
-        if not used:
-            monkeypatch.setattr(kernels, "usable", lambda _: False)
-        leaves = [t.requires_grad_() for t in weights_and_numbers(dtype, layout)]
-        assert kernels.usable(leaves[:3]) is used
-        recipe = rows.Recipe(numbers, centered)
-        pairs = rows.scale_rows(recipe, ((False, 1),) * 3, leaves[:3], leaves[3:6], leaves[6:])
-        outputs = [t for pair in pairs for t in pair]
-        torch.manual_seed(1)
-        torch.autograd.backward(outputs, [torch.randn_like(t.contiguous()) for t in outputs])
-        projected = [w.detach().clone() for w in leaves[:3]]
-        rows.project_rows_(projected, ((False, 1),) * 3, centered)
-        results.append([t.detach().float() for t in outputs + [leaf.grad for leaf in leaves] + projected])
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
-    for ours, torchs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, torchs, **close)
-
-
-@pytest.mark.parametrize("radius", [None, 0.01])
-@pytest.mark.parametrize("model", ["nin", "resnet20"])
-def test_steps_with_kernels_equal_those_without(monkeypatch, model, radius):
-    losses, parameters = [], []
-    for used in (True, False):
-        if not used:
-            monkeypatch.setattr(kernels, "usable", lambda _: False)
-        torch.manual_seed(0)
-        net = build(model, (3, 20, 20), 10, width=0.25).cuda().to(memory_format=torch.channels_last)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
-        normprop.attach_projection(optimizer, net, radius)
-        normprop.scale_together(net)
-        x, y = torch.randn(8, 3, 20, 20, device="cuda"), torch.arange(8, device="cuda")
-        for _ in range(3):
-            with torch.backends.cudnn.flags(allow_tf32=False):
-                loss = F.cross_entropy(net(x), y)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-        parameters.append([p.detach() for p in net.parameters()])
-    assert losses[:3] == pytest.approx(losses[3:], rel=1e-3)
-    if radius is not None:  # without it the step is too large for rounding not to grow
-        for p, q in zip(*parameters, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
 def test_a_changed_weight_is_noticed():
