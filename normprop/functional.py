@@ -25,7 +25,6 @@ from normprop.rows import (
     Geometry,
     Numbers,
     Recipe,
-    _Positional,
     call,
     fan_in as fan_in,
     fan_in_dims as fan_in_dims,
@@ -199,9 +198,6 @@ class _Rectify(torch.autograd.Function):
         return grad_y, (grad - grad_y).sum_to_size(threshold.shape), None, None
 
 
-_Rectify.forward.__signature__ = _Positional()  # type: ignore
-
-
 def rectify(y: Tensor, threshold: Number, slope: float = 0.0, inplace: bool = True) -> Tensor:
     """``y`` above the threshold, ``threshold + slope * (y - threshold)`` below.
 
@@ -238,9 +234,6 @@ class _Affine(torch.autograd.Function):
         return grad * ctx.scale, None, None
 
 
-_Affine.forward.__signature__ = _Positional()  # type: ignore
-
-
 class _Standardize(torch.autograd.Function):
     """``(y - mean) / std`` with tensors; keeps its output, which what comes next keeps anyway."""
 
@@ -261,9 +254,6 @@ class _Standardize(torch.autograd.Function):
         output, std = ctx.saved_tensors
         grad_y = grad / std
         return grad_y, -grad_y.sum_to_size(ctx.shape), -(grad_y * output).sum_to_size(std.shape)
-
-
-_Standardize.forward.__signature__ = _Positional()  # type: ignore
 
 
 def affine(x: Tensor, scale: float, shift: float) -> Tensor:

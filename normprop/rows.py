@@ -10,7 +10,6 @@ model pays for it once; what has a weight's size is done in as few passes as the
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -185,25 +184,6 @@ def _lengths(rows: Sequence[_Rows], means: Sequence[Tensor | None]) -> Tensor:
     return torch.where(norms <= least, 1.0, norms)
 
 
-class _Positional(inspect.Signature):
-    """``bind`` for calls with all arguments in their place.
-
-    ``autograd.Function.apply`` reads and binds forward's signature at every call; for a small layer that
-    costs more than the layer itself.
-    """
-
-    def bind(self, *args: Any, **_: Any) -> Any:
-        return _Bound(args)
-
-
-class _Bound(NamedTuple):
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = {}  # noqa: RUF012 - never filled
-
-    def apply_defaults(self) -> None:
-        pass
-
-
 def in_forward_mode() -> bool:
     """Whether forward-mode derivatives are taken (``torch.func.jvp``): forward is then plain torch."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
@@ -217,17 +197,33 @@ def is_plain(x: Any) -> bool:
     return not (transformed or in_forward_mode())
 
 
-def call(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply``, or its forward alone where nothing asks for a gradient or all is traced.
+@lru_cache(maxsize=None)
+def _direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same node without a ``setup_context``, for which torch binds forward's signature at every call.
 
-    The compiler takes no ``apply`` of :class:`_Positional` arguments without a gradient.
+    For a small layer that costs more than the layer itself; only transforms and the compiler need it.
     """
-    plain = in_forward_mode()
-    if not torch.compiler.is_compiling():
-        # Nothing may keep inference mode's tensors, whatever enable_grad says.
-        plain = plain or torch.jit.is_tracing() or torch.is_inference_mode_enabled()
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), methods)
+
+
+def call(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply``, or its forward alone where nothing asks for a gradient or all is traced."""
     wanted = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    return function.apply(*args) if wanted and not plain else function.forward(*args)  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():
+        return function.apply(*args) if wanted else function.forward(*args)  # type: ignore[no-untyped-call]
+    # Nothing may keep inference mode's tensors, whatever enable_grad says.
+    if not wanted or torch.jit.is_tracing() or torch.is_inference_mode_enabled() or in_forward_mode():
+        return function.forward(*args)
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        function = _direct(function)
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 class Numbers(NamedTuple):
@@ -463,9 +459,6 @@ def _combined(grad: Tensor, r: _Rows, scale: Tensor, pull: Tensor, shift: Tensor
         if shift is not None:
             part.add_(shift[at])
     return result
-
-
-_Scale.forward.__signature__ = _Positional()  # type: ignore
 
 
 def scale_rows(
