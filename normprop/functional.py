@@ -368,6 +368,7 @@ class Ready(NamedTuple):
         bias: Likewise.
         slope: Of an activation that is linear on both sides of 0; None if it is another.
         low: With a slope: where the output has its kink.
+        activation: The layer's, or None.
         mean: Without a slope: what is subtracted after the activation.
         std: Without a slope: what it is divided by.
     """
@@ -376,6 +377,7 @@ class Ready(NamedTuple):
     bias: Tensor | None
     slope: float | None
     low: Number
+    activation: nn.Module | None
     mean: Number
     std: Number
 
@@ -430,7 +432,7 @@ class Arrangement:
     Attributes:
         groups: Which are scaled in one node.
         ready: What is known of each before.
-        lasting: Whether it can be used again while the layers' :func:`signature` stays.
+        lasting: Whether it can be used again while the layers, and their :func:`state`, stay.
     """
 
     def __init__(self, layers: Sequence[Parameters]) -> None:
@@ -465,7 +467,7 @@ class Arrangement:
             kind = (autocast_dtype(layer.weight), layer.geometry[0])
             key = (*kind, *((t.device, t.dtype, t.requires_grad) for t in tensors))
             together.setdefault(key, []).append(index)
-            self.ready.append(Ready(layer.weight, bias, slope, low, mean, std))
+            self.ready.append(Ready(layer.weight, bias, slope, low, layer.activation, mean, std))
             gains.append(gain)
             numbers.append(own)
         self.groups = [
@@ -487,21 +489,17 @@ class Arrangement:
         ready = list(self.ready)
         for members, arguments in self.groups:
             for i, (weight, moved) in zip(members, scale_rows(*arguments), strict=True):
-                _, bias, slope, low, mean, std = ready[i]
-                ready[i] = Ready(weight, bias if moved is None else moved, slope, low, mean, std)
+                ready[i] = ready[i]._replace(weight=weight, bias=ready[i].bias if moved is None else moved)
         return ready
 
 
-def signature(layer: Parameters) -> tuple[Any, ...]:
-    """All that an arrangement follows from; the arrangement holds the tensors whose ids these are."""
-    weight, gain, bias, activation, *rest = layer
-    tensors = (weight, gain) if bias is None else (weight, gain, bias)
+def state(layer: Parameters) -> tuple[Any, ...]:
+    """What an arrangement follows from that changes without the layer being told; autocast's dtype first."""
+    weight, gain, bias, activation, *_ = layer
     return (
-        *((id(t), t.device, t.dtype, t.requires_grad) for t in tensors),
         autocast_dtype(weight),
-        id(activation),
         None if activation is None else activations.negative_slope(activation),
-        *rest,
+        [(t.device, t.dtype, t.requires_grad) for t in (weight, gain, bias) if t is not None],
     )
 
 
@@ -520,27 +518,24 @@ def make_ready(layers: Sequence[Parameters]) -> list[Ready]:
     return Arrangement(layers).make()
 
 
-def propagate(
-    linear: Callable[[Tensor, Tensor | None], Tensor],
-    layer: Parameters,
-    dim: int,
-    ready: Ready | None = None,
-) -> Tensor:
+def propagate(linear: Callable[[Tensor, Tensor | None], Tensor], layer: Parameters, dim: int) -> Tensor:
     """One NormProp layer: ``o = (phi(gain * (W x)/||W_row|| + bias) - mean) / std``.
 
     Args:
         linear: From (weight, bias) to the layer's linear map of its input.
         layer: Its parameters.
         dim: Channel dimension of the output, counted from the end: -1 for linear, -3 for conv2d.
-        ready: What :func:`make_ready` made of them, if it has.
 
     Returns:
         What ``linear`` returns, normalised.
     """
-    if _plain:
-        return definition(linear, layer, dim)
-    weight, bias, slope, low, mean, std = ready or make_ready((layer,))[0]
+    return definition(linear, layer, dim) if _plain else applied(linear, make_ready((layer,))[0], dim)
+
+
+def applied(linear: Callable[[Tensor, Tensor | None], Tensor], ready: Ready, dim: int) -> Tensor:
+    """:func:`propagate` with what :func:`make_ready` made of the layer."""
+    weight, bias, slope, low, activation, mean, std = ready
     y = linear(weight, bias)
     if slope is not None:
         return rectify(y, along(low, y, dim) if isinstance(low, Tensor) else low, slope)
-    return y if layer.activation is None else normalize_activation(y, layer.activation, mean, std, dim)
+    return y if activation is None else normalize_activation(y, activation, mean, std, dim)

@@ -113,9 +113,7 @@ def _numbers(
     return _to_device(by_row(numbers, counts, torch.float32), device)
 
 
-def by_row(
-    numbers: Sequence[tuple[float, ...]], counts: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def by_row(numbers: Sequence[tuple[float, ...]], counts: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Each layer's numbers for each of its rows: shape (how many, rows), on the CPU."""
     layers = torch.tensor(numbers, dtype=dtype, device="cpu")
     each = [layer.expand(count, len(layer)) for layer, count in zip(layers, counts, strict=True)]
@@ -196,7 +194,9 @@ def project_(weights: Sequence[Tensor], centered: Sequence[bool]) -> None:
     """``rows.project_rows_``."""
     like, counts = weights[0], [len(w) for w in weights]
     total, rows = sum(counts), table(like.device, weights, counts)
-    _run(_project, total, like, rows, _flags(like.device, centered, counts), total, _TYPES[like.dtype], BLOCK)
+    _run(
+        _project, total, like, rows, _flags(like.device, centered, counts), total, _TYPES[like.dtype], BLOCK
+    )
     torch.autograd.graph.increment_version(weights)
 
 
@@ -205,14 +205,14 @@ class Units(NamedTuple):
 
     Attributes:
         tensors: All of them.
-        tables: Of weights, gains and biases, see :func:`table`.
+        table: All rows of weights, then all gains, then all biases, see :func:`table`.
         before: Their numbers.
-        centered: Of each row whether it is projected without its mean.
+        centered: Of each unit whether its row is projected without its mean.
     """
 
     tensors: list[Tensor]
-    tables: list[Tensor]
-    before: list[Tensor]
+    table: Tensor
+    before: Tensor
     centered: Tensor
 
     @staticmethod
@@ -228,20 +228,18 @@ class Units(NamedTuple):
             counts: Of each layer its units.
             centered: Of each layer whether its rows are projected without their means.
         """
-        all_of_them = [t for layer in layers for t in layer if t is not None]
-        like, total = all_of_them[0], sum(counts)
-        tables, before = [], []
-        for part in zip(*layers, strict=True):
-            size = sum(t.numel() for t in part if t is not None)
-            tables.append(table(like.device, part, counts))
-            before.append(torch.empty(size, dtype=like.dtype, device=like.device))
-            _run(_copy, size and total, like, tables[-1], before[-1], total, _TYPES[like.dtype], BLOCK)
-        return Units(all_of_them, tables, before, _flags(like.device, centered, counts))
+        parts = [t for part in zip(*layers, strict=True) for t in part]
+        tensors = [t for t in parts if t is not None]
+        like, each = tensors[0], [*counts] * 3
+        where = table(like.device, parts, each)
+        before = like.new_empty(sum(t.numel() for t in tensors))
+        _run(_copy, sum(each), like, where, before, sum(each), _TYPES[like.dtype], BLOCK)
+        return Units(tensors, where, before, _flags(like.device, centered, counts))
 
     def restrain_(self, radius: float) -> None:
         """Updates since then scaled down to the trust region, and rows projected, see ``projection._TrustRegion``."""
-        total, like = self.tables[0].shape[1], self.tensors[0]
-        where = *self.tables, *self.before, self.centered
+        like, total = self.tensors[0], self.centered.shape[1]
+        where = self.table, self.before, self.centered
         _run(_restrain, total, like, *where, radius, total, _TYPES[like.dtype], BLOCK)
         torch.autograd.graph.increment_version(self.tensors)
 
@@ -362,11 +360,11 @@ if triton is not None:
         _project_row(source, tl.load(rows + 2 * total + row), tl.load(centered + row), BLOCK)
 
     @triton.jit
-    def _one(entries, total, row, before, TYPE: tl.constexpr):
+    def _one(rows, total, row, before, TYPE: tl.constexpr):
         """Where a unit's gain or bias lies, whether it has one, what it was and what it is."""
-        at = tl.load(entries + row).to(tl.pointer_type(TYPE))
-        own = tl.load(entries + 2 * total + row) > 0
-        old = tl.load(before + tl.load(entries + total + row), mask=own, other=0.0).to(tl.float32)
+        at = tl.load(rows + row).to(tl.pointer_type(TYPE))
+        own = tl.load(rows + 2 * total + row) > 0
+        old = tl.load(before + tl.load(rows + total + row), mask=own, other=0.0).to(tl.float32)
         return at, own, old, tl.load(at, mask=own, other=0.0).to(tl.float32)
 
     @triton.jit
@@ -376,15 +374,16 @@ if triton is not None:
 
     @triton.jit
     def _restrain(
-        rows, gains, biases, before, gains_before, biases_before, centered, radius, total,
+        rows, before, centered, radius, total,
         TYPE: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0)
+        entries = 3 * total  # rows of weights, gains, biases
         source = tl.load(rows + row).to(tl.pointer_type(TYPE))
-        start = tl.load(rows + total + row)
-        size = tl.load(rows + 2 * total + row)
-        gain_at, gained, gain_old, gain = _one(gains, total, row, gains_before, TYPE)
-        bias_at, biased, bias_old, bias = _one(biases, total, row, biases_before, TYPE)
+        start = tl.load(rows + entries + row)
+        size = tl.load(rows + 2 * entries + row)
+        gain_at, gained, gain_old, gain = _one(rows, entries, total + row, before, TYPE)
+        bias_at, biased, bias_old, bias = _one(rows, entries, 2 * total + row, before, TYPE)
         squares = tl.zeros((BLOCK,), tl.float32)
         moves = tl.zeros((BLOCK,), tl.float32)
         for at in range(0, size, BLOCK):

@@ -28,8 +28,10 @@ class _Activated(nn.Module):
     gain: Any
     bias: Any
     standard: tuple[float, float] | None
+    changes = 0  # how often anything of any such module was set: what nobody has set need not be read again
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _Activated.changes += 1
         if name == "activation":  # whoever swaps ReLUs in a finished model gets the new one's constants
             value = None if value is None else activations.as_module(value)
             self.standard = functional.standard_constants(value)
@@ -137,8 +139,10 @@ class NormPropLayer(_Activated):
         )
 
     def _propagate(self, linear: Any) -> Tensor:
-        layer = self._parameters_now()
-        return functional.propagate(linear, layer, self.channel_dim, _shared(self, layer))
+        ready = _shared(self)
+        if ready is None:
+            return functional.propagate(linear, self._parameters_now(), self.channel_dim)
+        return functional.applied(linear, ready, self.channel_dim)
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
@@ -199,6 +203,7 @@ class _Share(NamedTuple):
     """What one forward of a model has made ready for its layers, and the state it was made in."""
 
     model: nn.Module
+    changes: int
     grad: bool
     hooks: Any
     layers: dict[int, tuple[functional.Parameters, tuple[int, ...], torch.dtype | None, functional.Ready]]
@@ -215,7 +220,7 @@ _shares = _Shares()
 
 
 def _versions(layer: functional.Parameters) -> tuple[int, ...]:
-    return tuple(0 if t.is_inference() else t._version for t in layer[:3] if t is not None)
+    return tuple([0 if t.is_inference() else t._version for t in layer[:3] if t is not None])
 
 
 def _saving_hooks() -> Any:
@@ -223,28 +228,64 @@ def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _shared(module: NormPropLayer, layer: functional.Parameters) -> functional.Ready | None:
+def _holds(module: NormPropLayer, layer: functional.Parameters) -> bool:
+    """Whether these tensors, and this activation, are the module's own still."""
+    own: dict[str, Any] = module._parameters
+    if "weight" not in own:  # a replica of nn.DataParallel has plain tensors
+        own = module.__dict__
+    return (
+        own.get("weight") is layer.weight
+        and own.get("gain") is layer.gain
+        and own.get("bias") is layer.bias
+        and module._modules.get("activation") is layer.activation
+    )
+
+
+def _shared(module: NormPropLayer) -> functional.Ready | None:
     """What :func:`scale_together` has made ready for this layer, if it is what the layer would make."""
-    if torch.compiler.is_compiling() or not _shares.open:
+    if torch.compiler.is_compiling() or not _shares.open or functional._plain:
         return None
     share = _shares.open[-1]
     found = share.layers.get(id(module))
-    if found is None:
+    if found is None or share.changes != _Activated.changes:
         return None
-    made, versions, dtype, ready = found
-    same = all(a is b for a, b in zip(made[:4], layer[:4], strict=True)) and made[4:] == layer[4:]
+    layer, versions, dtype, ready = found
     # What a checkpoint recomputes has no share: its layers must save the same tensors both times.
     apart = (torch.is_grad_enabled() and not share.grad) or _saving_hooks() != share.hooks
-    apart = apart or dtype != functional.autocast_dtype(layer.weight)
-    return ready if same and not apart and versions == _versions(layer) else None
+    same = _holds(module, layer) and versions == _versions(layer)
+    return ready if same and not apart and dtype == functional.autocast_dtype(layer.weight) else None
+
+
+class _Arranged(NamedTuple):
+    """Layers, how they were arranged, and what that follows from."""
+
+    modules: list[NormPropLayer]
+    layers: list[functional.Parameters]
+    changes: int
+    states: list[Any]
+    arrangement: functional.Arrangement
+
+    @staticmethod
+    def now(modules: list[NormPropLayer]) -> _Arranged:
+        changes, layers = _Activated.changes, [module._parameters_now() for module in modules]
+        states = [functional.state(layer) for layer in layers]
+        return _Arranged(modules, layers, changes, states, functional.Arrangement(layers))
+
+    def holds(self, modules: list[NormPropLayer]) -> bool:
+        """Whether it is theirs still."""
+        return (
+            self.changes == _Activated.changes
+            and self.modules == modules
+            and all(map(_holds, modules, self.layers))
+            and self.states == [functional.state(layer) for layer in self.layers]
+        )
 
 
 class _OpenShare:
     """A forward pre-hook that makes all layers of a model ready; it remembers how they were arranged."""
 
     def __init__(self) -> None:
-        self.arrangement: functional.Arrangement | None = None
-        self.signatures: list[tuple[Any, ...]] = []  # of the layers that it is for
+        self.last: _Arranged | None = None
 
     def __reduce__(self) -> Any:
         return _OpenShare, ()  # a copy of the model has other layers
@@ -260,18 +301,17 @@ class _OpenShare:
                 modules.append(place)
             # What hooks its own forward may change its parameters there.
             places += [m for m in place._modules.values() if m is not None and not m._forward_pre_hooks]
-        layers = [module._parameters_now() for module in modules]
-        signatures = [functional.signature(layer) for layer in layers]
-        if self.arrangement is None or signatures != self.signatures:
-            self.arrangement, self.signatures = functional.Arrangement(layers), signatures
-        ready = self.arrangement.make()
-        if not self.arrangement.lasting:
-            self.arrangement = None
+        last = self.last  # another thread may set it
+        if last is None or not last.holds(modules):
+            last = _Arranged.now(modules)
+            self.last = last if last.arrangement.lasting else None
         made = {
-            id(module): (layer, _versions(layer), functional.autocast_dtype(layer.weight), own)
-            for module, layer, own in zip(modules, layers, ready, strict=True)
+            id(module): (layer, _versions(layer), state[0], ready)
+            for module, layer, state, ready in zip(
+                modules, last.layers, last.states, last.arrangement.make(), strict=True
+            )
         }
-        _shares.open.append(_Share(model, torch.is_grad_enabled(), _saving_hooks(), made))
+        _shares.open.append(_Share(model, last.changes, torch.is_grad_enabled(), _saving_hooks(), made))
 
 
 def _close_share(model: nn.Module, _: Any, __: Any) -> None:

@@ -166,15 +166,14 @@ class _TrustRegion:
         seen: set[int] = set()
         for layer in self.model.modules():
             if isinstance(layer, (NormPropLayer, NormalizedActivation)) and layer.gain is not None:
-                own = {name: layer._parameters.get(name) for name in ("weight", "gain", "bias")}
-                moving: dict[str, Tensor] = {
-                    name: p
-                    for name, p in own.items()
-                    if p is not None and id(p) not in seen and (p.requires_grad or name != "weight")
-                }
-                if own["weight"] is not None:
-                    self.sharers.setdefault(id(own["weight"]), []).append(len(units))
-                seen |= {id(p) for p in moving.values()}
+                moving: dict[str, Tensor] = {}
+                for name in ("weight", "gain", "bias"):
+                    p = layer._parameters.get(name)
+                    if p is not None and id(p) not in seen and (p.requires_grad or name != "weight"):
+                        moving[name] = p
+                        seen.add(id(p))
+                    if p is not None and name == "weight":
+                        self.sharers.setdefault(id(p), []).append(len(units))
                 units.append((layer, moving))
         return units
 
@@ -189,18 +188,13 @@ class _TrustRegion:
             if own:
                 gain = layer.gain
                 parts = own.get("weight"), own.get("gain"), own.get("bias")
-                entry = (*parts, gain, layer.rule.centered)
+                entry = parts, len(gain), layer.rule.centered
                 kinds.setdefault((gain.device, gain.dtype), []).append(entry)
-        if not all(
-            kernels.usable([t for parts in layers for t in parts if t is not None])
-            for layers in kinds.values()
-        ):
-            return []
-        units = []
-        for layers in kinds.values():
-            *parts, gains, centered = zip(*layers, strict=True)
-            units.append(kernels.Units.now(list(zip(*parts, strict=True)), [len(g) for g in gains], centered))
-        return units
+        arguments = [list(zip(*kind, strict=True)) for kind in kinds.values()]
+        for layers, *_ in arguments:
+            if not kernels.usable([t for parts in layers for t in parts if t is not None]):
+                return []
+        return [kernels.Units.now(*own) for own in arguments]
 
     @torch.no_grad()
     def remember(self, *_: Any) -> None:

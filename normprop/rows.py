@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -123,9 +123,9 @@ def cache_slices(values: Tensor) -> list[slice]:
     On a CPU fresh memory is slower than arithmetic: part by part, what several passes make stays in the
     cache. Where the work is traced, transformed or to be differentiated nothing may be written in place.
     """
-    if torch.is_grad_enabled() or not is_plain(values):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return []
-    if values.device.type != "cpu" or values.numel() <= PART or len(values) == 1:
+    if values.numel() <= PART or values.device.type != "cpu" or len(values) == 1 or not is_plain(values):
         return []
     step = max(1, PART // values[0].numel())
     return [slice(first, first + step) for first in range(0, len(values), step)]
@@ -197,7 +197,7 @@ def is_plain(x: Any) -> bool:
     return not (transformed or in_forward_mode())
 
 
-@lru_cache(maxsize=None)
+@cache
 def _direct(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
     """The same node without a ``setup_context``, for which torch binds forward's signature at every call.
 
@@ -358,12 +358,11 @@ class _Scale(torch.autograd.Function):
             gains = [saved[n + i] for i in here]
             lengths = saved[2 * n]
             centered = recipe.centered
-            if joined:
-                each = [m.view(_rows(saved[i], ctx.geometries[i]).shape) for i, m in enumerate(saved[-1].split(counts))]
-            else:
-                of_centered = iter(saved[2 * n + 1 :])
-                each = [next(of_centered) if has else None for has in centered]
-            means = [each[i] if centered[i] else None for i in here]
+            found = iter(saved[-1].split(counts) if joined else saved[2 * n + 1 :])
+            every: list[Any] = [next(found) if has or joined else None for has in centered]
+            means = [
+                every[i].view(r.shape) if centered[i] else None for i, r in zip(here, rows, strict=True)
+            ]
             if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
                 directions, means = _center(rows, [centered[i] for i in here])
                 lengths = _lengths(directions, means)
@@ -372,8 +371,9 @@ class _Scale(torch.autograd.Function):
                 lengths = _join([each[i] for i in here])
             given = [(grads[i], ctx.geometries[i]) for i in here]
             numbers = [recipe.numbers[i] for i in here]
-            found = _pull_back(numbers, rows, gains, lengths, means, given)
-            for i, dw, dg in zip(here, *found, strict=True):
+            for i, dw, dg in zip(
+                here, *_pull_back(numbers, rows, gains, lengths, means, given), strict=True
+            ):
                 dw = dw.reshape(saved[i].shape) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
         return (*result, *_bias_grads(recipe, biases, ctx.bias_dtype))
@@ -412,7 +412,7 @@ def _pull_back(
     scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
     radial = _join(dots) / lengths
     pull = radial * scale / lengths
-    each = [_split(scale, rows, gains), _split(pull, rows, gains)]
+    each: list[Any] = [_split(scale, rows, gains), _split(pull, rows, gains)]
     if any(mean is not None for mean in means):
         shift = pull * _joined(means, rows, lengths) - scale * _joined(levels, rows, lengths)
         shifts = _split(shift, rows, gains)

@@ -71,7 +71,11 @@ def test_kernels_equal_torch(monkeypatch, centered, layout, dtype):
 @pytest.mark.parametrize("radius", [None, 0.01])
 @pytest.mark.parametrize("model", ["nin", "resnet20"])
 def test_steps_with_kernels_equal_those_without(monkeypatch, model, radius):
-    losses, parameters = [], []
+    losses, parameters, launched = [], [], []
+    run = kernels._run
+    monkeypatch.setattr(
+        kernels, "_run", lambda kernel, *rest: (launched.append(kernel), run(kernel, *rest))
+    )
     for used in (True, False):
         if not used:
             monkeypatch.setattr(kernels, "usable", lambda _: False)
@@ -81,6 +85,7 @@ def test_steps_with_kernels_equal_those_without(monkeypatch, model, radius):
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
         normprop.attach_projection(optimizer, net, radius)
         normprop.scale_together(net)
+        launched.clear()
         x, y = torch.randn(8, 3, 20, 20, device=kernels.DEVICE), torch.arange(8, device=kernels.DEVICE)
         for _ in range(2):
             with torch.backends.cudnn.flags(allow_tf32=False):
@@ -90,6 +95,8 @@ def test_steps_with_kernels_equal_those_without(monkeypatch, model, radius):
             optimizer.zero_grad()
             losses.append(loss.item())
         parameters.append([p.detach() for p in net.parameters()])
+        # A kernel each for all layers: two steps, each forward, backward, and what follows the optimizer's.
+        assert len(launched) == 2 * (3 if radius is None else 4) * used
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-3)
     if radius is not None:  # without it the step is too large for rounding not to grow
         for p, q in zip(*parameters, strict=True):

@@ -311,10 +311,26 @@ def replace_weight(layer):
     layer.weight = nn.Parameter(torch.randn_like(layer.weight))
 
 
+def replace_weight_unseen(layer):
+    torch.manual_seed(3)
+    layer._parameters["weight"] = nn.Parameter(torch.randn_like(layer.weight))
+
+
+def replace_data(layer):
+    torch.manual_seed(3)
+    layer.weight.data = torch.randn_like(layer.weight)
+
+
 @pytest.mark.parametrize(
     "change",
     [
         replace_weight,
+        replace_weight_unseen,
+        replace_data,
+        lambda layer: setattr(layer, "activation", nn.GELU()),
+        lambda layer: layer._modules.update(activation=nn.Tanh()),
+        lambda layer: layer.activation.register_forward_hook(lambda _, __, y: 2 * y),
+        lambda layer: setattr(layer, "rule", normprop.NormRule(centered=True)),
         lambda layer: setattr(layer, "standard", (0.5, 2.0)),
         lambda layer: setattr(layer, "factor", 3.0),
         lambda layer: layer.requires_grad_(False),
@@ -328,9 +344,37 @@ def test_layers_that_change_between_forwards(change):
     alone._forward_pre_hooks.clear()
     assert_same(alone, together, x)
     hook = next(iter(together._forward_pre_hooks.values()))
-    assert hook.arrangement is not None
+    before = hook.last
+    together(x)
+    assert hook.last is before is not None
     for net in (alone, together):
         change(net[0])
+    assert_same(alone, together, x)
+
+
+def test_layers_that_come_and_go_between_forwards():
+    together, x = small(), torch.randn(5, 3).double()
+    alone = copy.deepcopy(together)
+    alone._forward_pre_hooks.clear()
+    torch.manual_seed(3)
+    first, second, last = (normprop.NormPropLinear(*size).double() for size in ((3, 3), (3, 2), (2, 4)))
+    together(x)
+    for net in (alone, together):
+        net.insert(0, copy.deepcopy(first))
+        net.append(copy.deepcopy(last))
+    assert_same(alone, together, x)
+    for net in (alone, together):
+        del net[1:3]
+        net.insert(1, copy.deepcopy(second))
+    assert_same(alone, together, x)
+
+
+def test_a_layer_that_changes_during_the_forward():
+    together, x = small(), torch.randn(5, 3).double()
+    alone = copy.deepcopy(together)
+    alone._forward_pre_hooks.clear()
+    for net in (alone, together):
+        net[0].register_forward_hook(lambda _, __, ___, net=net: setattr(net[-1], "factor", 3.0))
     assert_same(alone, together, x)
 
 
