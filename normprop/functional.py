@@ -405,18 +405,14 @@ def definition(linear: Callable[[Tensor, Tensor | None], Tensor], layer: Paramet
     return (activated(z, activation, dim) - mean) / std
 
 
-def autocast_dtype(weight: Tensor) -> torch.dtype | None:
-    """What autocast would cast a weight to at its use; None for nothing. It is then made so at once."""
-    device = weight.device.type
-    if (
-        weight.dtype != torch.float32
-        or device not in ("cpu", "cuda")
-        or not torch.is_autocast_enabled(device)
-    ):
-        return None
+def autocasts() -> dict[str, torch.dtype | None]:
+    """What autocast would cast float32 weights to at their use, on each device; they are then made so at once."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    return torch.get_autocast_dtype(device)
+        return {}
+    return {
+        device: torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        for device in ("cpu", "cuda")
+    }
 
 
 class _Group(NamedTuple):
@@ -432,7 +428,7 @@ class Arrangement:
     Attributes:
         groups: Which are scaled in one node.
         ready: What is known of each before.
-        lasting: Whether it can be used again while the layers, and their :func:`state`, stay.
+        lasting: Whether it can be used again while the layers, their :func:`state` and :func:`autocasts` stay.
     """
 
     def __init__(self, layers: Sequence[Parameters]) -> None:
@@ -442,6 +438,7 @@ class Arrangement:
         gains: list[Tensor] = []
         numbers: list[Numbers] = []
         biases: dict[int, Tensor] = {}  # those that are moved with the others'
+        casts = autocasts()
         for index, layer in enumerate(layers):
             mean, std = constants(layer.activation, layer.rule, layer.gain, layer.bias, layer.standard)
             slope = None if layer.activation is None else activations.negative_slope(layer.activation)
@@ -464,7 +461,8 @@ class Arrangement:
             elif bias is not None and len(layers) > 1:
                 biases[index] = bias
             tensors = [t for t in (layer.weight, gain, biases.get(index)) if t is not None]
-            kind = (autocast_dtype(layer.weight), layer.geometry[0])
+            single = layer.weight.dtype == torch.float32
+            kind = (casts.get(layer.weight.device.type) if single else None, layer.geometry[0])
             key = (*kind, *((t.device, t.dtype, t.requires_grad) for t in tensors))
             together.setdefault(key, []).append(index)
             self.ready.append(Ready(layer.weight, bias, slope, low, layer.activation, mean, std))
@@ -494,10 +492,9 @@ class Arrangement:
 
 
 def state(layer: Parameters) -> tuple[Any, ...]:
-    """What an arrangement follows from that changes without the layer being told; autocast's dtype first."""
+    """What of a layer an arrangement follows from that changes without the layer being told."""
     weight, gain, bias, activation, *_ = layer
     return (
-        autocast_dtype(weight),
         None if activation is None else activations.negative_slope(activation),
         [(t.device, t.dtype, t.requires_grad) for t in (weight, gain, bias) if t is not None],
     )

@@ -204,9 +204,10 @@ class _Share(NamedTuple):
 
     model: nn.Module
     changes: int
+    autocasts: Any
     grad: bool
     hooks: Any
-    layers: dict[int, tuple[functional.Parameters, tuple[int, ...], torch.dtype | None, functional.Ready]]
+    layers: dict[int, tuple[functional.Parameters, int, functional.Ready]]
 
 
 class _Shares(threading.local):
@@ -219,8 +220,9 @@ class _Shares(threading.local):
 _shares = _Shares()
 
 
-def _versions(layer: functional.Parameters) -> tuple[int, ...]:
-    return tuple([0 if t.is_inference() else t._version for t in layer[:3] if t is not None])
+def _version(layer: functional.Parameters) -> int:
+    """How often the tensors were changed in place; those of inference mode do not say."""
+    return sum([t._version for t in layer[:3] if t is not None and not t.is_inference()])
 
 
 def _saving_hooks() -> Any:
@@ -249,11 +251,13 @@ def _shared(module: NormPropLayer) -> functional.Ready | None:
     found = share.layers.get(id(module))
     if found is None or share.changes != _Activated.changes:
         return None
-    layer, versions, dtype, ready = found
+    layer, version, ready = found
     # What a checkpoint recomputes has no share: its layers must save the same tensors both times.
     apart = (torch.is_grad_enabled() and not share.grad) or _saving_hooks() != share.hooks
-    same = _holds(module, layer) and versions == _versions(layer)
-    return ready if same and not apart and dtype == functional.autocast_dtype(layer.weight) else None
+    same = (
+        _holds(module, layer) and version == _version(layer) and share.autocasts == functional.autocasts()
+    )
+    return ready if same and not apart else None
 
 
 class _Arranged(NamedTuple):
@@ -262,6 +266,7 @@ class _Arranged(NamedTuple):
     modules: list[NormPropLayer]
     layers: list[functional.Parameters]
     changes: int
+    autocasts: Any
     states: list[Any]
     arrangement: functional.Arrangement
 
@@ -269,12 +274,15 @@ class _Arranged(NamedTuple):
     def now(modules: list[NormPropLayer]) -> _Arranged:
         changes, layers = _Activated.changes, [module._parameters_now() for module in modules]
         states = [functional.state(layer) for layer in layers]
-        return _Arranged(modules, layers, changes, states, functional.Arrangement(layers))
+        return _Arranged(
+            modules, layers, changes, functional.autocasts(), states, functional.Arrangement(layers)
+        )
 
     def holds(self, modules: list[NormPropLayer]) -> bool:
         """Whether it is theirs still."""
         return (
             self.changes == _Activated.changes
+            and self.autocasts == functional.autocasts()
             and self.modules == modules
             and all(map(_holds, modules, self.layers))
             and self.states == [functional.state(layer) for layer in self.layers]
@@ -305,13 +313,10 @@ class _OpenShare:
         if last is None or not last.holds(modules):
             last = _Arranged.now(modules)
             self.last = last if last.arrangement.lasting else None
-        made = {
-            id(module): (layer, _versions(layer), state[0], ready)
-            for module, layer, state, ready in zip(
-                modules, last.layers, last.states, last.arrangement.make(), strict=True
-            )
-        }
-        _shares.open.append(_Share(model, last.changes, torch.is_grad_enabled(), _saving_hooks(), made))
+        each = zip(modules, last.layers, last.arrangement.make(), strict=True)
+        made = {id(module): (layer, _version(layer), ready) for module, layer, ready in each}
+        grad, hooks = torch.is_grad_enabled(), _saving_hooks()
+        _shares.open.append(_Share(model, last.changes, last.autocasts, grad, hooks, made))
 
 
 def _close_share(model: nn.Module, _: Any, __: Any) -> None:
