@@ -97,7 +97,7 @@ def _join(vectors: Sequence[Tensor]) -> Tensor:
 
 def _split(vector: Tensor, rows: Sequence[_Rows], gains: Sequence[Tensor]) -> list[Tensor]:
     """Each layer's part of a joined vector, shaped to lie along its rows."""
-    parts = [vector] if len(rows) == 1 else vector.split([len(gain) for gain in gains])
+    parts = [vector] if len(rows) == 1 else vector.split([gain.numel() for gain in gains])
     return [part.view(r.shape) for part, r in zip(parts, rows, strict=True)]
 
 
@@ -306,7 +306,7 @@ class _Scale(torch.autograd.Function):
         if _in_kernels(weights, geometries):
             scaled, moved, *rest = kernels.scale(*recipe, weights, gains, biases)
             return (*scaled, *moved, *rest)
-        counts = [len(gain) for gain in gains]
+        counts = [gain.numel() for gain in gains]
         rows = [_rows(w, g) for w, g in zip(weights, geometries, strict=True)]
         rows, means = _center(rows, recipe.centered)
         lengths = _lengths(rows, means)
@@ -345,7 +345,7 @@ class _Scale(torch.autograd.Function):
         n, saved = len(ctx.geometries), ctx.saved_tensors
         result: list[Tensor | None] = [None] * (2 + 2 * n)
         biases = grads[n : n + len(ctx.needs_input_grad) - len(result)]
-        counts = [len(gain) for gain in saved[n : 2 * n]]
+        counts = [gain.numel() for gain in saved[n : 2 * n]]
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if joined and not torch.is_grad_enabled() and kernels.readable((*grads[:n], *biases)):
             given: Any = grads[:n], biases, ctx.bias_dtype
@@ -388,7 +388,7 @@ def _bias_grads(recipe: Recipe, grads: Sequence[Tensor | None], dtype: torch.dty
     here = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
     result: list[Tensor | None] = [None] * len(grads)
     if here:
-        counts = [len(grad) for _, grad in here]
+        counts = [grad.numel() for _, grad in here]
         joint = _as(_join([grad for _, grad in here]), dtype)
         tilted = joint * _along([recipe.numbers[i] for i, _ in here], counts, joint)[2]
         for (i, _), part in zip(here, tilted.split(counts), strict=True):
@@ -407,7 +407,7 @@ def _pull_back(
     """Gradients of weights (as rows) and gains, see ``_Scale.backward``."""
     views = [row_view(grad, *geometry) for grad, geometry in grads]
     dots, levels = zip(*map(_sums, views, rows, means), strict=True)
-    counts = [len(gain) for gain in gains]
+    counts = [gain.numel() for gain in gains]
     factor, *_ = _along(numbers, counts, lengths)
     scale = _scales(factor, _as(_join(gains), lengths.dtype), lengths)
     radial = _join(dots) / lengths
