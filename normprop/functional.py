@@ -433,7 +433,8 @@ class Arrangement:
 
     def __init__(self, layers: Sequence[Parameters]) -> None:
         self.ready: list[Ready] = []
-        self.lasting = all(type(layer.weight) is nn.Parameter for layer in layers)
+        held = [t for layer in layers for t in layer[:3] if t is not None]
+        self.lasting = all(type(t) is nn.Parameter for t in held)
         together: dict[Any, list[int]] = {}
         gains: list[Tensor] = []
         numbers: list[Numbers] = []

@@ -9,7 +9,6 @@ they are and are read and written in place. Sums are in float32.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,7 +23,8 @@ except ImportError:  # torch brings it where it brings CUDA
     triton = None
 
 BLOCK = 1024
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"  # Triton's interpreter has no GPU
+# Triton's interpreter works on the CPU (TRITON_INTERPRET=1).
+DEVICE = "cpu" if triton is not None and triton.knobs.runtime.interpret else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -28,14 +28,22 @@ class _Activated(nn.Module):
     gain: Any
     bias: Any
     standard: tuple[float, float] | None
-    changes = 0  # how often anything of any such module was set: what nobody has set need not be read again
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _Activated.changes += 1
         if name == "activation":  # whoever swaps ReLUs in a finished model gets the new one's constants
             value = None if value is None else activations.as_module(value)
             self.standard = functional.standard_constants(value)
         super().__setattr__(name, value)
+        if name != "training":
+            self._count_change()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._count_change()
+
+    def _count_change(self) -> None:
+        """What nobody has set or deleted since need not be read again."""
+        self.__dict__["_changes"] = self.__dict__.get("_changes", 0) + 1
 
     def mean_std(self) -> tuple[functional.Number, functional.Number]:
         """What is subtracted from the activation's output, and by what it is divided then."""
@@ -203,11 +211,10 @@ class _Share(NamedTuple):
     """What one forward of a model has made ready for its layers, and the state it was made in."""
 
     model: nn.Module
-    changes: int
     autocasts: Any
     grad: bool
     hooks: Any
-    layers: dict[int, tuple[functional.Parameters, int, functional.Ready]]
+    layers: dict[int, tuple[functional.Parameters, int | None, int, functional.Ready]]
 
 
 class _Shares(threading.local):
@@ -230,13 +237,14 @@ def _saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
-def _holds(module: NormPropLayer, layer: functional.Parameters) -> bool:
-    """Whether these tensors, and this activation, are the module's own still."""
+def _holds(module: NormPropLayer, layer: functional.Parameters, changes: int | None) -> bool:
+    """Whether this is what the module has still, but for what is in the tensors."""
     own: dict[str, Any] = module._parameters
     if "weight" not in own:  # a replica of nn.DataParallel has plain tensors
         own = module.__dict__
     return (
-        own.get("weight") is layer.weight
+        module.__dict__.get("_changes") == changes
+        and own.get("weight") is layer.weight
         and own.get("gain") is layer.gain
         and own.get("bias") is layer.bias
         and module._modules.get("activation") is layer.activation
@@ -249,15 +257,13 @@ def _shared(module: NormPropLayer) -> functional.Ready | None:
         return None
     share = _shares.open[-1]
     found = share.layers.get(id(module))
-    if found is None or share.changes != _Activated.changes:
+    if found is None:
         return None
-    layer, version, ready = found
+    layer, changes, version, ready = found
     # What a checkpoint recomputes has no share: its layers must save the same tensors both times.
     apart = (torch.is_grad_enabled() and not share.grad) or _saving_hooks() != share.hooks
-    same = (
-        _holds(module, layer) and version == _version(layer) and share.autocasts == functional.autocasts()
-    )
-    return ready if same and not apart else None
+    same = _holds(module, layer, changes) and version == _version(layer)
+    return ready if same and not apart and share.autocasts == functional.autocasts() else None
 
 
 class _Arranged(NamedTuple):
@@ -265,14 +271,15 @@ class _Arranged(NamedTuple):
 
     modules: list[NormPropLayer]
     layers: list[functional.Parameters]
-    changes: int
+    changes: list[int | None]
     autocasts: Any
     states: list[Any]
     arrangement: functional.Arrangement
 
     @staticmethod
     def now(modules: list[NormPropLayer]) -> _Arranged:
-        changes, layers = _Activated.changes, [module._parameters_now() for module in modules]
+        changes = [module.__dict__.get("_changes") for module in modules]  # before what they count is read
+        layers = [module._parameters_now() for module in modules]
         states = [functional.state(layer) for layer in layers]
         return _Arranged(
             modules, layers, changes, functional.autocasts(), states, functional.Arrangement(layers)
@@ -281,11 +288,13 @@ class _Arranged(NamedTuple):
     def holds(self, modules: list[NormPropLayer]) -> bool:
         """Whether it is theirs still."""
         return (
-            self.changes == _Activated.changes
-            and self.autocasts == functional.autocasts()
+            self.autocasts == functional.autocasts()
             and self.modules == modules
-            and all(map(_holds, modules, self.layers))
+            and all(map(_holds, modules, self.layers, self.changes))
             and self.states == [functional.state(layer) for layer in self.layers]
+            and all(
+                module.stretch == layer.stretch for module, layer in zip(modules, self.layers, strict=True)
+            )
         )
 
 
@@ -313,10 +322,12 @@ class _OpenShare:
         if last is None or not last.holds(modules):
             last = _Arranged.now(modules)
             self.last = last if last.arrangement.lasting else None
-        each = zip(modules, last.layers, last.arrangement.make(), strict=True)
-        made = {id(module): (layer, _version(layer), ready) for module, layer, ready in each}
+        each = zip(modules, last.layers, last.changes, last.arrangement.make(), strict=True)
+        made = {
+            id(module): (layer, changes, _version(layer), ready) for module, layer, changes, ready in each
+        }
         grad, hooks = torch.is_grad_enabled(), _saving_hooks()
-        _shares.open.append(_Share(model, last.changes, last.autocasts, grad, hooks, made))
+        _shares.open.append(_Share(model, last.autocasts, grad, hooks, made))
 
 
 def _close_share(model: nn.Module, _: Any, __: Any) -> None:

@@ -37,8 +37,11 @@ def project_(model: nn.Module) -> None:
         if isinstance(module, NormPropLayer) and module.weight.requires_grad:
             _check_owned(module)
             weight = module.weight
-            row = weight, geometry_of(module), module.rule.centered
-            together.setdefault((weight.device, weight.dtype), {})[id(weight)] = row  # a shared weight once
+            rows = together.setdefault((weight.device, weight.dtype), {})
+            *_, others = rows.get(
+                id(weight), (True,)
+            )  # a shared weight once; who does not centre needs its mean
+            rows[id(weight)] = weight, geometry_of(module), module.rule.centered and others
     for rows in together.values():
         project_rows_(*zip(*rows.values(), strict=True))
 
@@ -178,12 +181,12 @@ class _TrustRegion:
         return units
 
     def _join(self) -> list[kernels.Units]:
-        """The units of layers of each kind; none if there is a layer that kernels cannot work on."""
+        """The units of layers of each kind; none where kernels cannot, or they share parameters."""
         kinds: dict[Any, list[tuple[Any, ...]]] = {}
         if any(len(places) > 1 for places in self.sharers.values()):
             return []
         for layer, own in self.units:
-            if "weight" in own and layer.transposed:
+            if "weight" in own and (layer.transposed or "gain" not in own):
                 return []
             if own:
                 gain = layer.gain

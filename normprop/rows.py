@@ -157,9 +157,8 @@ def _times(r: _Rows, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _joined(parts: Sequence[Tensor | None], rows: Sequence[_Rows], like: Tensor) -> Tensor:
     """One number a row, 0 where there is no part."""
-    sizes = [math.prod(r.shape) for r in rows]
-    zeros = like.new_zeros(max(sizes))
-    return _join([zeros[:size] if part is None else part for part, size in zip(parts, sizes, strict=True)])
+    each = zip(parts, rows, strict=True)
+    return _join([like.new_zeros(math.prod(r.shape)) if part is None else part for part, r in each])
 
 
 def _negligible(rows: Sequence[_Rows], means: Sequence[Tensor | None], norms: Tensor) -> Tensor | float:
@@ -346,37 +345,48 @@ class _Scale(torch.autograd.Function):
         result: list[Tensor | None] = [None] * (2 + 2 * n)
         biases = grads[n : n + len(ctx.needs_input_grad) - len(result)]
         counts = [gain.numel() for gain in saved[n : 2 * n]]
-        joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
-        if joined and not torch.is_grad_enabled() and kernels.readable((*grads[:n], *biases)):
-            given: Any = grads[:n], biases, ctx.bias_dtype
-            known = saved[:n], saved[n : 2 * n], saved[-2], saved[-1]
-            dws, dgs, dbs = kernels.pull_back(recipe.numbers, *known, *given)
-            return (None, None, *dws, *dgs, *dbs)
         here = [i for i in range(n) if grads[i] is not None]
+        weights, gains = [saved[i] for i in here], [saved[n + i] for i in here]
+        numbers = tuple(recipe.numbers[i] for i in here)
+        lengths = _some(saved[2 * n], counts, here)
+        joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
+        if here and joined and not torch.is_grad_enabled():
+            means = _some(saved[-1], counts, here)
+            given: Any = [grads[i] for i in here], [biases[i] for i in here] if biases else []
+            lone = any(biases[i] is not None for i in range(len(biases)) if i not in here)
+            if not lone and kernels.readable([g for part in given for g in part]):
+                found = kernels.pull_back(numbers, weights, gains, lengths, means, *given, ctx.bias_dtype)
+                result += [None] * len(biases)
+                for first, part in zip((2, 2 + n, 2 + 2 * n), found, strict=True):
+                    for i, value in zip(here, part, strict=False):
+                        result[first + i] = value
+                return tuple(result)
         if here:
             rows = [_rows(saved[i], ctx.geometries[i]) for i in here]
-            gains = [saved[n + i] for i in here]
-            lengths = saved[2 * n]
             centered = recipe.centered
-            found = iter(saved[-1].split(counts) if joined else saved[2 * n + 1 :])
-            every: list[Any] = [next(found) if has or joined else None for has in centered]
-            means = [
+            parts = iter(saved[-1].split(counts) if joined else saved[2 * n + 1 :])
+            every: list[Any] = [next(parts) if has or joined else None for has in centered]
+            each = [
                 every[i].view(r.shape) if centered[i] else None for i, r in zip(here, rows, strict=True)
             ]
             if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
-                directions, means = _center(rows, [centered[i] for i in here])
-                lengths = _lengths(directions, means)
-            elif len(here) < n:
-                each = lengths.split(counts)
-                lengths = _join([each[i] for i in here])
-            given = [(grads[i], ctx.geometries[i]) for i in here]
-            numbers = [recipe.numbers[i] for i in here]
+                directions, each = _center(rows, [centered[i] for i in here])
+                lengths = _lengths(directions, each)
+            pulled = [(grads[i], ctx.geometries[i]) for i in here]
             for i, dw, dg in zip(
-                here, *_pull_back(numbers, rows, gains, lengths, means, given), strict=True
+                here, *_pull_back(numbers, rows, gains, lengths, each, pulled), strict=True
             ):
                 dw = dw.reshape(saved[i].shape) if ctx.geometries[i][0] else dw
                 result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
         return (*result, *_bias_grads(recipe, biases, ctx.bias_dtype))
+
+
+def _some(vector: Tensor, counts: Sequence[int], here: Sequence[int]) -> Tensor:
+    """Of a vector over all layers' rows, with so many each, the parts of these layers."""
+    if len(here) == len(counts):
+        return vector
+    parts = vector.split(counts)
+    return _join([parts[i] for i in here]) if here else vector[:0]
 
 
 def _in_kernels(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:

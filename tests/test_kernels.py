@@ -23,7 +23,7 @@ def test_kernels_in_the_interpreter():
     pytest.importorskip("triton")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )
@@ -44,8 +44,12 @@ def weights_and_numbers(dtype, layout):
 @with_kernels
 @pytest.mark.parametrize("centered", [(False,) * 3, (True,) * 3, (True, False, True)])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_kernels_equal_torch(monkeypatch, centered, layout, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "unused"),
+    [(torch.float32, ()), (torch.float32, (2, 3)), (torch.bfloat16, ()), (torch.float32, (0,))],
+)
+def test_kernels_equal_torch(monkeypatch, centered, layout, dtype, unused):
+    """Also where some outputs (weights and biases in turn) have no gradient."""
     each = (1.3, 0.2, 0.7), (0.5, 0.0, 1.0), (1.3, 0.2, 0.7)
     numbers = tuple(rows.Numbers(*n, c) for n, c in zip(each, centered, strict=True))
     results = []
@@ -58,13 +62,54 @@ def test_kernels_equal_torch(monkeypatch, centered, layout, dtype):
         pairs = rows.scale_rows(recipe, ((False, 1),) * 3, leaves[:3], leaves[3:6], leaves[6:])
         outputs = [t for pair in pairs for t in pair]
         torch.manual_seed(1)
-        torch.autograd.backward(outputs, [torch.randn_like(t.contiguous()) for t in outputs])
+        read = [t for i, t in enumerate(outputs) if i not in unused]
+        torch.autograd.backward(read, [torch.randn_like(t.contiguous()) for t in read])
+        gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         projected = [w.detach().clone() for w in leaves[:3]]
         rows.project_rows_(projected, ((False, 1),) * 3, centered)
-        results.append([t.detach().float() for t in outputs + [leaf.grad for leaf in leaves] + projected])
+        results.append([t.detach().float() for t in outputs + gradients + projected])
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
     for ours, torchs in zip(*results, strict=True):
         torch.testing.assert_close(ours, torchs, **close)
+
+
+@with_kernels
+def test_second_derivatives_behind_kernels(monkeypatch):
+    numbers = tuple(rows.Numbers(1.3, 0.2, 0.7, centered) for centered in (True, False, True))
+    results = []
+    for used in (True, False):
+        if not used:
+            monkeypatch.setattr(kernels, "usable", lambda _: False)
+        leaves = [t.requires_grad_() for t in weights_and_numbers(torch.float32, torch.contiguous_format)]
+        pairs = rows.scale_rows(
+            rows.Recipe(numbers), ((False, 1),) * 3, leaves[:3], leaves[3:6], leaves[6:]
+        )
+        loss = sum((t * t.detach().cos()).sum() for pair in pairs for t in pair)
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves[:6]))
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-3)
+
+
+@with_kernels
+def test_a_shared_gain_bounds_the_rows_of_both_layers(monkeypatch):
+    results = []
+    for used in (True, False):
+        if not used:
+            monkeypatch.setattr(kernels, "usable", lambda _: False)
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(normprop.NormPropLinear(8, 8), normprop.NormPropLinear(8, 8))
+        net[1].gain = net[0].gain
+        net = net.to(kernels.DEVICE)
+        optimizer = torch.optim.SGD(net.parameters(), lr=100.0)
+        normprop.attach_projection(optimizer, net, 0.01)
+        before = net[1].weight.detach().clone()
+        net(torch.randn(4, 8, device=kernels.DEVICE)).square().sum().backward()
+        optimizer.step()
+        assert (net[1].weight - before).norm(dim=1).max() < 0.02
+        results.append([p.detach() for p in net.parameters()])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)
 
 
 @with_kernels

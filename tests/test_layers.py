@@ -841,8 +841,11 @@ def test_rows_of_any_length_keep_the_output_or_say_nan():
     torch.testing.assert_close(layer(x)[:, [0, 2]], expected[:, [0, 2]])
 
 
-def test_tracing_and_meta_construction():
-    layer = normprop.NormPropLinear(5, 3, activation="leaky_relu")
+@pytest.mark.parametrize("centered", [False, True])
+def test_tracing_and_meta_construction(centered):
+    layer = normprop.NormPropLinear(
+        5, 3, activation="leaky_relu", rule=normprop.NormRule(centered=centered)
+    )
     x = torch.randn(4, 5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

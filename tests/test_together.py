@@ -279,6 +279,20 @@ def test_projection_of_a_shared_weight():
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(6).double())
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_projection_of_a_weight_shared_by_layers_of_two_rules(first):
+    rules = [normprop.NormRule(centered=first), normprop.NormRule(centered=not first)]
+    net = nn.ModuleList(normprop.NormPropLinear(6, 5, rule=rule) for rule in rules).double()
+    net[1].weight = net[0].weight
+    with torch.no_grad():
+        net[0].weight.add_(0.7)
+    x = torch.randn(4, 6).double()
+    before = [layer(x) for layer in net]
+    normprop.project_(net)
+    torch.testing.assert_close([layer(x) for layer in net], before)
+    torch.testing.assert_close(net[0].weight.norm(dim=1), torch.ones(5).double())
+
+
 def small():
     net = nn.Sequential(
         normprop.NormPropLinear(3, 4, activation="relu"), normprop.NormPropLinear(4, 2, activation=None)
@@ -367,6 +381,43 @@ def test_layers_that_come_and_go_between_forwards():
         del net[1:3]
         net.insert(1, copy.deepcopy(second))
     assert_same(alone, together, x)
+
+
+def test_an_attribute_that_is_taken_away():
+    together, x = small(), torch.randn(5, 3).double()
+    before = together(x)
+    together[0].factor = 3.0
+    assert not torch.allclose(together(x), before)
+    del together[0].factor
+    assert torch.equal(together(x), before)
+
+
+def test_what_keeps_an_arrangement_and_what_does_not(monkeypatch):
+    together, x = small(), torch.randn(5, 3).double()
+    hook = next(iter(together._forward_pre_hooks.values()))
+    together(x)
+    last, alone = hook.last, []
+    ready = functional.make_ready
+    monkeypatch.setattr(
+        functional, "make_ready", lambda layers: (alone.append(layers[0].weight), ready(layers))[1]
+    )
+    together.eval().train()(x)
+    assert hook.last is last
+    assert not alone
+    together[0].register_forward_pre_hook(lambda layer, _: setattr(layer, "note", 1))
+    together[1].register_forward_pre_hook(lambda _, __: setattr(together[0], "note", 1))
+    together(x)  # those with hooks are not scaled with the others
+    assert [id(weight) for weight in alone] == [id(layer.weight) for layer in together]
+    for layer in together:
+        layer._forward_pre_hooks.clear()
+    together.register_forward_hook(lambda *_: setattr(together[0], "note", 2))
+    together[0].register_forward_hook(lambda *_: setattr(together[0], "note", 3))
+    alone.clear()
+    together(x)
+    assert not alone  # the second layer has its share, whatever happens to the first
+    gain = (together[0].gain * 2).detach().requires_grad_() * 1
+    functional_call(together, {"0.gain": gain}, (x,))
+    assert hook.last is None  # it would keep that gain's graph
 
 
 def test_a_layer_that_changes_during_the_forward():

@@ -400,7 +400,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for row in result["rows"]:
         if row["status"] == "ok":
             mode = "CUDA graphs" if row["cudagraphs"] else "compiled" if row["compiled"] else "eager"
-            key = f"{row['model']} x{row['width']:g}, {row['precision']}, {mode}, {row['rule']}"
+            model = row["model"].split(":")[-1] + ("" if row["width"] == 1 else f" x{row['width']:g}")
+            key = f"{model}, {row['precision']}, {mode}\n{row['rule']}"
             panels.setdefault(key, []).append(row)
     columns = 2 if len(panels) == 4 else min(3, max(1, len(panels)))
     lines = max(1, -(-len(panels) // columns))
