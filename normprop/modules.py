@@ -34,16 +34,8 @@ class _Activated(nn.Module):
             value = None if value is None else activations.as_module(value)
             self.standard = functional.standard_constants(value)
         super().__setattr__(name, value)
-        if name != "training":
-            self._count_change()
-
-    def __delattr__(self, name: str) -> None:
-        super().__delattr__(name)
-        self._count_change()
-
-    def _count_change(self) -> None:
-        """What nobody has set or deleted since need not be read again."""
-        self.__dict__["_changes"] = self.__dict__.get("_changes", 0) + 1
+        if name != "training":  # what nobody has set since need not be read again
+            self.__dict__["_changes"] = self.__dict__.get("_changes", 0) + 1
 
     def mean_std(self) -> tuple[functional.Number, functional.Number]:
         """What is subtracted from the activation's output, and by what it is divided then."""

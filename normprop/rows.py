@@ -352,10 +352,12 @@ class _Scale(torch.autograd.Function):
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
         if here and joined and not torch.is_grad_enabled():
             means = _some(saved[-1], counts, here)
-            given: Any = [grads[i] for i in here], [biases[i] for i in here] if biases else []
+            given: Any = [grads[i] for i in here]
+            shifted: Any = [biases[i] for i in here] if biases else []
             lone = any(biases[i] is not None for i in range(len(biases)) if i not in here)
-            if not lone and kernels.readable([g for part in given for g in part]):
-                found = kernels.pull_back(numbers, weights, gains, lengths, means, *given, ctx.bias_dtype)
+            if not lone and kernels.readable([*given, *shifted]):
+                known = numbers, weights, gains, lengths, means
+                found = kernels.pull_back(*known, given, shifted, ctx.bias_dtype)
                 result += [None] * len(biases)
                 for first, part in zip((2, 2 + n, 2 + 2 * n), found, strict=True):
                     for i, value in zip(here, part, strict=False):
