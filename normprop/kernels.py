@@ -24,7 +24,7 @@ except ImportError:  # torch brings it where it brings CUDA
 
 BLOCK = 1024
 # Triton's interpreter works on the CPU (TRITON_INTERPRET=1).
-DEVICE = "cpu" if triton is not None and triton.knobs.runtime.interpret else "cuda"
+DEVICE = "cpu" if hasattr(triton, "knobs") and triton.knobs.runtime.interpret else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
