@@ -38,9 +38,8 @@ def project_(model: nn.Module) -> None:
             _check_owned(module)
             weight = module.weight
             rows = together.setdefault((weight.device, weight.dtype), {})
-            *_, others = rows.get(
-                id(weight), (True,)
-            )  # a shared weight once; who does not centre needs its mean
+            # A shared weight once; a layer that does not centre needs its mean.
+            *_, others = rows.get(id(weight), (True,))
             rows[id(weight)] = weight, geometry_of(module), module.rule.centered and others
     for rows in together.values():
         project_rows_(*zip(*rows.values(), strict=True))

@@ -264,15 +264,18 @@ def _along(numbers: Sequence[Numbers], counts: Sequence[int], like: Tensor) -> S
         return numbers[0][:3]
     # Fake tensors, and those of a transform's level, must not outlive it.
     make = _vectors if is_plain(like) else _vectors.__wrapped__
-    return make(tuple(numbers), tuple(counts), like.device, like.dtype)
+    return make(tuple(n[:3] for n in numbers), tuple(counts), like.device, like.dtype)
 
 
 @lru_cache(maxsize=64)
 def _vectors(
-    numbers: tuple[Numbers, ...], counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    numbers: tuple[tuple[float, ...], ...],
+    counts: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     with torch.inference_mode(False):
-        return kernels.by_row(numbers, counts, dtype).to(device)[:3].unbind(0)
+        return kernels.by_row(numbers, counts, dtype).to(device).unbind(0)
 
 
 def _moved(bias: Tensor, low: Any, tilt: Any) -> Tensor:
@@ -346,40 +349,38 @@ class _Scale(torch.autograd.Function):
         biases = grads[n : n + len(ctx.needs_input_grad) - len(result)]
         counts = [gain.numel() for gain in saved[n : 2 * n]]
         here = [i for i in range(n) if grads[i] is not None]
+        if not here:
+            return (*result, *_bias_grads(recipe, biases, ctx.bias_dtype))
         weights, gains = [saved[i] for i in here], [saved[n + i] for i in here]
         numbers = tuple(recipe.numbers[i] for i in here)
         lengths = _some(saved[2 * n], counts, here)
         joined = len(saved) == 2 * n + 2 and saved[-1].ndim == 1  # the means, as kernels have them
-        if here and joined and not torch.is_grad_enabled():
+        if joined and not torch.is_grad_enabled():
             means = _some(saved[-1], counts, here)
             given: Any = [grads[i] for i in here]
             shifted: Any = [biases[i] for i in here] if biases else []
             lone = any(biases[i] is not None for i in range(len(biases)) if i not in here)
             if not lone and kernels.readable([*given, *shifted]):
                 known = numbers, weights, gains, lengths, means
-                found = kernels.pull_back(*known, given, shifted, ctx.bias_dtype)
+                pulled_back = kernels.pull_back(*known, given, shifted, ctx.bias_dtype)
                 result += [None] * len(biases)
-                for first, part in zip((2, 2 + n, 2 + 2 * n), found, strict=True):
+                for first, part in zip((2, 2 + n, 2 + 2 * n), pulled_back, strict=True):
                     for i, value in zip(here, part, strict=False):
                         result[first + i] = value
                 return tuple(result)
-        if here:
-            rows = [_rows(saved[i], ctx.geometries[i]) for i in here]
-            centered = recipe.centered
-            parts = iter(saved[-1].split(counts) if joined else saved[2 * n + 1 :])
-            every: list[Any] = [next(parts) if has or joined else None for has in centered]
-            each = [
-                every[i].view(r.shape) if centered[i] else None for i, r in zip(here, rows, strict=True)
-            ]
-            if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
-                directions, each = _center(rows, [centered[i] for i in here])
-                lengths = _lengths(directions, each)
-            pulled = [(grads[i], ctx.geometries[i]) for i in here]
-            for i, dw, dg in zip(
-                here, *_pull_back(numbers, rows, gains, lengths, each, pulled), strict=True
-            ):
-                dw = dw.reshape(saved[i].shape) if ctx.geometries[i][0] else dw
-                result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
+        rows = [_rows(w, ctx.geometries[i]) for i, w in zip(here, weights, strict=True)]
+        centered = recipe.centered
+        parts = iter(saved[-1].split(counts) if joined else saved[2 * n + 1 :])
+        every: list[Any] = [next(parts) if has or joined else None for has in centered]
+        each = [every[i].view(r.shape) if centered[i] else None for i, r in zip(here, rows, strict=True)]
+        if torch.is_grad_enabled():  # a second derivative is wanted: what was saved has no graph
+            directions, each = _center(rows, [centered[i] for i in here])
+            lengths = _lengths(directions, each)
+        pulled = [(grads[i], ctx.geometries[i]) for i in here]
+        found = _pull_back(numbers, rows, gains, lengths, each, pulled)
+        for i, dw, dg in zip(here, *found, strict=True):
+            dw = dw.reshape(saved[i].shape) if ctx.geometries[i][0] else dw
+            result[2 + i], result[2 + n + i] = _as(dw, saved[i].dtype), _as(dg, saved[n + i].dtype)
         return (*result, *_bias_grads(recipe, biases, ctx.bias_dtype))
 
 
@@ -388,7 +389,7 @@ def _some(vector: Tensor, counts: Sequence[int], here: Sequence[int]) -> Tensor:
     if len(here) == len(counts):
         return vector
     parts = vector.split(counts)
-    return _join([parts[i] for i in here]) if here else vector[:0]
+    return _join([parts[i] for i in here])
 
 
 def _in_kernels(weights: Sequence[Tensor], geometries: Sequence[Geometry]) -> bool:
